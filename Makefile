@@ -1,0 +1,72 @@
+# make train · make test · make bench: each makes its own .venv first, so each works in a fresh clone.
+#
+# Variables: PYTHON (the interpreter that makes .venv), TORCH (what pip installs), PYTEST_ARGS, TRAIN_ARGS, BENCH_ARGS,
+# CMAKE_ARGS (for example -DADAMW_KERNELS_CUDA=OFF).
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TRITON ?= triton>=3.6,<3.10
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: train test bench develop lint format sanitize wheel clean
+
+train: develop
+	$(BIN)/python examples/train_gpt.py $(TRAIN_ARGS)
+
+test: develop
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+bench: develop
+	$(BIN)/python -m bench $(BENCH_ARGS)
+
+# The checkout itself, importable from $(VENV), with the extension built beside its Python files.
+develop: $(VENV)/.built
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	$(BIN)/python -m adamw_kernels
+	touch $@
+
+$(VENV)/.installed: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install -q "$(TORCH)" "$(TRITON)" "setuptools>=77" wheel "pybind11>=2.13" ninja
+	command -v cmake >/dev/null || $(BIN)/python -m pip install -q "cmake>=3.25"
+	$(BIN)/python -m pip install -q --group test --group lint --group examples
+	touch $@
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu tests/cuda_on_host/*)
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu tests/cuda_on_host/*)
+
+# The native path under AddressSanitizer and UndefinedBehaviorSanitizer: a copy of the package with a build of its own.
+# First a deliberate overrun, which must be caught; then the tests of the native path.
+SANITIZED := build/sanitized
+SANITIZED_TESTS := tests/test_bits.py tests/test_layouts.py tests/test_citizen.py
+SANITIZERS := $(foreach library,asan ubsan stdc++,$(shell gcc -print-file-name=lib$(library).so))
+SANITIZED_PYTHON := PYTHONPATH=. PYTHONMALLOC=malloc LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
+  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(abspath $(BIN))/python
+
+sanitize: $(VENV)/.installed
+	cmake -S . -B $(SANITIZED)/build -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DADAMW_KERNELS_CUDA=OFF -DADAMW_KERNELS_WERROR=ON -DADAMW_KERNELS_SANITIZE=address,undefined \
+	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath $(SANITIZED))/adamw_kernels
+	cmake --build $(SANITIZED)/build --parallel
+	cp adamw_kernels/*.py pyproject.toml $(SANITIZED)/ && mv $(SANITIZED)/*.py $(SANITIZED)/adamw_kernels/
+	rm -rf $(SANITIZED)/tests && cp -r tests $(SANITIZED)/tests
+	cd $(SANITIZED) && ! $(SANITIZED_PYTHON) tests/sanitizer_canary.py 2>canary.log && grep -q heap-buffer-overflow canary.log
+	cd $(SANITIZED) && $(SANITIZED_PYTHON) -m pytest -q -k "cpu and not hypothesis" $(SANITIZED_TESTS)
+
+wheel: $(VENV)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheels .
+
+clean:
+	rm -rf build *.egg-info adamw_kernels/*.so $(VENV)/.built

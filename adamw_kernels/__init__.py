@@ -1,0 +1,15 @@
+"""FusedAdamW: torch.optim.AdamW in one pass over memory, the same bits on every CPU and GPU."""
+
+import torch as _torch  # noqa: F401  # first: the compiled module then finds torch's OpenMP already loaded
+
+from adamw_kernels.backends import BackendUnavailableError, describe
+from adamw_kernels.backends import native_module as _native_module
+from adamw_kernels.functional import fused_adamw_
+from adamw_kernels.optimizer import FusedAdamW
+
+__version__ = "0.1.0"
+
+__all__ = ["BackendUnavailableError", "FusedAdamW", "__version__", "describe", "fused_adamw_"]
+
+# Now rather than at the first step: once loaded, the module notices a fork, which OpenMP's threads do not survive.
+_native_module()

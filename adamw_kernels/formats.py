@@ -1,0 +1,41 @@
+"""How tensors are stored: which dtypes a parameter, its gradient and its moments may have.
+
+Arithmetic never depends on storage: load -> float32 -> the update's sequence -> store. float64 parameters use
+float64 throughout.
+"""
+
+import torch
+
+PARAM_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Storage dtypes in the order of `DtypeCode` in csrc/launch_table.h."""
+
+DTYPE_CODES: dict[torch.dtype, int] = {dtype: code for code, dtype in enumerate(PARAM_DTYPES)}
+
+# Code | bits << 8 of the DLPack dtype (2: float, 4: bfloat), by which tensor_watch recognises a gradient's dtype.
+DLPACK_DTYPES: dict[torch.dtype, int] = {
+    torch.float32: 2 | 32 << 8,
+    torch.bfloat16: 4 | 16 << 8,
+    torch.float16: 2 | 16 << 8,
+    torch.float64: 2 | 64 << 8,
+}
+
+
+def compute_dtype(param_dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the arithmetic and of the moments: float64 for float64 parameters, float32 for all others."""
+    return torch.float64 if param_dtype == torch.float64 else torch.float32
+
+
+def grad_dtypes(param_dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Dtypes that a gradient may have: the parameter's own, or any of float32, bfloat16, float16."""
+    return PARAM_DTYPES if param_dtype == torch.float64 else PARAM_DTYPES[:3]
+
+
+def moment_dtype(param_dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the moments: the compute dtype; complex parameters keep complex moments, as torch's do."""
+    return param_dtype if param_dtype.is_complex else compute_dtype(param_dtype)
+
+
+def moment_like(param: torch.Tensor) -> torch.Tensor:
+    """A zero moment for `param`: its shape, device and layout, in `moment_dtype`."""
+    dtype = moment_dtype(param.dtype)
+    return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)

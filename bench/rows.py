@@ -1,0 +1,234 @@
+"""CSV rows with a fixed schema: one dataclass a file, environment columns first, append only."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from bench.machine import Environment
+
+
+class SchemaError(RuntimeError):
+    """A file holds rows of another schema."""
+
+
+@dataclass(frozen=True)
+class ThroughputRow:
+    """One optimizer on one case in one dtype.
+
+    Attributes:
+        case: Name of the case.
+        tensors: Number of tensors.
+        groups: Number of parameter groups.
+        params: Number of elements.
+        dtype: dtype of parameters and gradients.
+        contender: Name of the optimizer.
+        state_dtype: dtypes of the optimizer's state, joined by "+".
+        bytes_per_param: Bytes a one-pass step must read and write per parameter with this state (`traffic.py`).
+        rounds: Number of interleaved rounds, each one sample.
+        steps_per_sample: Steps timed together in a sample; times are per step.
+        median_us: Median time of a step: CUDA events on a GPU, wall-clock on a CPU.
+        p20_us: 20th percentile.
+        p80_us: 80th percentile.
+        wall_us: Median wall-clock time of a step, final synchronisation included.
+        gb_s: 1e9 bytes a second, from bytes_per_param and median_us.
+        roof_kernel: What the roof was measured with in the same rounds; empty where caches make it meaningless.
+        roof_gb_s: The roof: that kernel's peak_gb_s.
+        pct_roof: gb_s as a percentage of roof_gb_s.
+        speedup: Time of torch's fused AdamW over this one's, median of the per-round ratios.
+        speedup_p20: 20th percentile.
+        speedup_p80: 80th percentile.
+        checked_steps: Steps compared with float64 AdamW before timing.
+        check_error: Largest error of a parameter after them, as a fraction of the tolerance (`check.py`).
+        other_cores: Cores that other processes kept busy during the rounds (`disturbance.py`).
+    """
+
+    file: ClassVar[str] = "throughput.csv"
+
+    case: str
+    tensors: int
+    groups: int
+    params: int
+    dtype: str
+    contender: str
+    state_dtype: str
+    bytes_per_param: float
+    rounds: int
+    steps_per_sample: int
+    median_us: float
+    p20_us: float
+    p80_us: float
+    wall_us: float
+    gb_s: float
+    roof_kernel: str
+    roof_gb_s: float | None
+    pct_roof: float | None
+    speedup: float | None
+    speedup_p20: float | None
+    speedup_p80: float | None
+    checked_steps: int
+    check_error: float
+    other_cores: float | None
+
+
+@dataclass(frozen=True)
+class RoofRow:
+    """One bandwidth kernel, sampled in the rounds of one case.
+
+    Attributes:
+        case: Case in whose rounds it was sampled.
+        dtype: dtype of that case's parameters (the kernel itself always moves float32).
+        kernel: Name of the kernel.
+        bytes: Bytes it moves, once per operand read and once per operand written.
+        rounds: Number of rounds.
+        median_us: Median time.
+        p20_us: 20th percentile.
+        p80_us: 80th percentile.
+        gb_s: 1e9 bytes a second, at the median time.
+        peak_gb_s: The same in the fastest round.
+        is_roof: 1 for the kernel the case's rows are compared with.
+        other_cores: Cores that other processes kept busy during the rounds.
+    """
+
+    file: ClassVar[str] = "roof.csv"
+
+    case: str
+    dtype: str
+    kernel: str
+    bytes: int
+    rounds: int
+    median_us: float
+    p20_us: float
+    p80_us: float
+    gb_s: float
+    peak_gb_s: float
+    is_roof: int
+    other_cores: float | None
+
+
+@dataclass(frozen=True)
+class HostRow:
+    """Cost of a warm step on `tensors` tensors of one element.
+
+    Attributes:
+        contender: Name of the optimizer.
+        mode: "full", or "python" with the kernels replaced by functions that do nothing.
+        grads: "same" gradient tensors as in the step before, or "moved": others, as after `zero_grad()`.
+        tensors: Number of tensors.
+        rounds: Number of single-step samples.
+        median_us: Median wall-clock time of `step()`, without waiting for a GPU.
+        p20_us: 20th percentile.
+        p80_us: 80th percentile.
+        ns_per_tensor: Slope of median_us over `tensors`, fitted over this contender's rows of the same mode.
+        fixed_us: Intercept of that fit.
+        allocations: Buffers that torch's allocators handed out during one step.
+        new_tensors: Tensors that dispatched operators returned during one step, in-place results not counted.
+        allocated_bytes: Bytes of those buffers.
+        other_cores: Cores that other processes kept busy during the rounds.
+    """
+
+    file: ClassVar[str] = "host.csv"
+
+    contender: str
+    mode: str
+    grads: str
+    tensors: int
+    rounds: int
+    median_us: float
+    p20_us: float
+    p80_us: float
+    ns_per_tensor: float
+    fixed_us: float
+    allocations: int
+    new_tensors: int
+    allocated_bytes: int
+    other_cores: float | None
+
+
+Row = ThroughputRow | RoofRow | HostRow
+
+
+def columns(row_type: type[Row]) -> list[str]:
+    """Column names of a row type's file."""
+    return [field.name for part in (Environment, row_type) for field in dataclasses.fields(part)]
+
+
+def append(folder: Path, environment: Environment, rows: Sequence[Row]) -> list[Path]:
+    """Appends rows to their files in `folder`, creating what is missing, and returns the files.
+
+    Raises:
+        SchemaError: A file's header differs from the schema. Nothing has been written.
+    """
+    check_headers(folder, *dict.fromkeys(type(row) for row in rows))
+    written = []
+    for row_type in dict.fromkeys(type(row) for row in rows):
+        path = folder / row_type.file
+        header = columns(row_type)
+        fresh = not path.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        with path.open("a", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            if fresh:
+                writer.writerow(header)
+            for row in rows:
+                if type(row) is row_type:
+                    values = (*dataclasses.astuple(environment), *dataclasses.astuple(row))
+                    writer.writerow([spell(value) for value in values])
+        written.append(path)
+    return written
+
+
+def check_headers(folder: Path, *row_types: type[Row]) -> None:
+    """Raises SchemaError if `folder` holds rows of another schema for one of the types."""
+    for row_type in row_types:
+        if (folder / row_type.file).exists():
+            check_header(folder / row_type.file, columns(row_type))
+
+
+def check_header(path: Path, expected: list[str]) -> None:
+    """Raises SchemaError unless the first line of `path` is the expected header."""
+    with path.open(newline="") as file:
+        found = next(csv.reader(file), [])
+    if found != expected:
+        missing = ", ".join(name for name in expected if name not in found) or "none"
+        unknown = ", ".join(name for name in found if name not in expected) or "none"
+        raise SchemaError(
+            f"{path} holds rows of another schema (missing columns: {missing}; unknown columns: {unknown}). "
+            "Move the file aside and run again: rows of two schemas are never mixed in one file."
+        )
+
+
+def read(folder: Path, row_type: type[Row]) -> list[dict[str, Any]]:
+    """Rows of a file as dictionaries, numbers converted; an empty list if there is no file."""
+    path = folder / row_type.file
+    if not path.exists():
+        return []
+    check_headers(folder, row_type)
+    kinds = {field.name: str(field.type) for part in (Environment, row_type) for field in dataclasses.fields(part)}
+    with path.open(newline="") as file:
+        return [{name: parse(text, kinds[name]) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def latest(rows: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
+    """Of the rows that agree in `keys`, the one written last, in the order of first appearance."""
+    return list({tuple(row[key] for key in keys): row for row in rows}.values())
+
+
+def spell(value: object) -> str:
+    """A value as CSV text: four significant digits say more than the spread allows, six are kept."""
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def parse(text: str, kind: str) -> str | int | float | None:
+    """The inverse of `spell` for a field annotated `kind`."""
+    if kind == "str":
+        return text
+    if kind == "int":
+        return int(text)
+    return float(text) if text else None

@@ -1,0 +1,111 @@
+// The only pybind11 file: unpack, check, call, throw. Tensors arrive as raw addresses; dtypes, devices,
+// layouts and lifetimes were checked by Python when the launch table was built.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cpu.h"
+#include "launch_table.h"
+#include "tensor_watch.h"
+#ifdef ADAMW_KERNELS_CUDA
+#include "cuda_step.h"
+#endif
+
+namespace py = pybind11;
+using namespace adamw_kernels;
+
+namespace {
+
+// What adamw_kernels/launch_table.py must agree with, by name.
+py::dict layout() {
+  py::dict result;
+  result["tensor_row_bytes"] = sizeof(TensorRow);
+  result["hyper_row_bytes"] = sizeof(HyperRow);
+  result["coefficient_row_bytes"] = kCoefficientRowBytes;
+  result["launch_table_bytes"] = sizeof(LaunchTable);
+  result["amsgrad"] = kAmsgrad;
+  result["maximize"] = kMaximize;
+  result["l2"] = kL2;
+  result["float64"] = kFloat64;
+  result["param_dtype_shift"] = kParamDtypeShift;
+  result["grad_dtype_shift"] = kGradDtypeShift;
+  result["dtype_codes"] = py::make_tuple<py::return_value_policy::copy>(
+      static_cast<int64_t>(kF32), static_cast<int64_t>(kBF16), static_cast<int64_t>(kF16), static_cast<int64_t>(kF64));
+  result["from_float32"] = kFromFloat32;
+  result["from_float64"] = kFromFloat64;
+  result["chunk_tensor_shift"] = kChunkTensorShift;
+  return result;
+}
+
+void step_on_cpu(int64_t table, int isa, int num_threads) {
+  if (table == 0) throw std::invalid_argument("table: address 0");
+  const auto isas = cpu_isas();
+  if (isa < 0 || isa >= static_cast<int>(isas.size()) || !isas[isa].supported) {
+    throw std::invalid_argument("isa: " + std::to_string(isa) + " is not one that this CPU runs; see cpu_isas()");
+  }
+  if (num_threads < 1) throw std::invalid_argument("num_threads: " + std::to_string(num_threads) + " < 1");
+  const py::gil_scoped_release release;
+  cpu_step(reinterpret_cast<const void*>(table), isa, num_threads);
+}
+
+#ifdef ADAMW_KERNELS_CUDA
+void step_on_cuda(int64_t table, int64_t batches, int64_t num_batches, int64_t stream) {
+  if (table == 0) throw std::invalid_argument("table: address 0");
+  const int error =
+      cuda_step(reinterpret_cast<const void*>(table), reinterpret_cast<const CudaBatch*>(batches), num_batches, stream);
+  if (error != 0) {
+    throw std::runtime_error("CUDA launch failed: " + std::string(cuda_error_string(error)) + " (cudaError_t " +
+                             std::to_string(error) + ")");
+  }
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() = "Native kernels of adamw_kernels: raw addresses in, no torch inside.";
+
+  m.def("layout", &layout, "The launch table's layout: sizes in bytes, flag bits and dtype codes.");
+  m.def(
+      "cpu_isas",
+      [] {
+        py::list result;
+        for (const CpuIsa& isa : cpu_isas()) result.append(py::make_tuple(isa.name, isa.supported));
+        return result;
+      },
+      "(name, whether this CPU runs it) of every ISA compiled in, best last.");
+  m.def("cpu_step", &step_on_cpu, py::arg("table"), py::arg("isa"), py::arg("num_threads"),
+        "One step over the launch table at address `table`; `isa` is a position in cpu_isas().");
+
+#ifdef ADAMW_KERNELS_CUDA
+  m.attr("cuda_architectures") = ADAMW_KERNELS_CUDA;
+  m.def("cuda_step", &step_on_cuda, py::arg("table"), py::arg("batches"), py::arg("num_batches"), py::arg("stream"),
+        "One step over the launch table at host address `table`, asynchronous on `stream`, a cudaStream_t.");
+#else
+  m.attr("cuda_architectures") = "";
+#endif
+  m.attr("cuda_build") = ADAMW_KERNELS_CUDA_OUTCOME;
+
+  py::class_<TensorWatch>(m, "TensorWatch",
+                          "Remembers every tensor as it is now; sweep() reads the gradients' addresses and tells "
+                          "whether anything else changed.")
+      .def(py::init([](const py::capsule& exchange, const py::type& tensor_type, const py::list& param_groups,
+                       const py::dict& state, const std::vector<int64_t>& slots,
+                       const std::vector<int64_t>& grad_dtypes) {
+             return new TensorWatch(exchange.ptr(), tensor_type.ptr(), param_groups.ptr(), state.ptr(), slots,
+                                    grad_dtypes);
+           }),
+           py::arg("exchange"), py::arg("tensor_type"), py::arg("param_groups"), py::arg("state"), py::arg("slots"),
+           py::arg("grad_dtypes"))
+      .def(
+          "sweep",
+          [](TensorWatch& watch, const py::object& param_groups, const py::object& state) {
+            PyObject* result = watch.sweep(param_groups.ptr(), state.ptr());
+            if (result == nullptr) throw py::error_already_set();
+            return py::reinterpret_steal<py::object>(result);
+          },
+          py::arg("param_groups"), py::arg("state"),
+          "Writes every slot. None if anything but gradients' addresses changed, else (params, grads, odd).");
+}

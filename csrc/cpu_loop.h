@@ -1,0 +1,22 @@
+// What an ISA's object file offers to cpu.cpp: two plain loops. C linkage names would clash between the
+// three objects, so each exports one table of function pointers.
+#pragma once
+
+#include <stdint.h>
+
+namespace adamw_kernels {
+
+struct CpuLoops {
+  // Advances the steps of tensors [begin, end) and writes their coefficient rows.
+  void (*prepare)(const void* table, int64_t begin, int64_t end);
+  // Updates the elements of chunks [begin, end).
+  void (*update)(const void* table, int64_t begin, int64_t end);
+};
+
+extern const CpuLoops kBaselineLoops;
+#ifdef ADAMW_KERNELS_X86
+extern const CpuLoops kAvx2Loops;
+extern const CpuLoops kAvx512Loops;
+#endif
+
+}  // namespace adamw_kernels

@@ -1,0 +1,22 @@
+// The CUDA path: one step over one device's launch table.
+#pragma once
+
+#include <stdint.h>
+
+namespace adamw_kernels {
+
+// Chunks [begin, end) of a launch table whose tensors share parameter and gradient dtype.
+struct CudaBatch {
+  int64_t param_dtype;
+  int64_t grad_dtype;
+  int64_t begin;
+  int64_t end;
+};
+
+// `table`: a LaunchTable in host memory whose addresses are device addresses. Asynchronous on `stream` (a
+// cudaStream_t) of the current device. Returns a cudaError_t; 0 is success.
+int cuda_step(const void* table, const CudaBatch* batches, int64_t num_batches, int64_t stream);
+
+const char* cuda_error_string(int error);
+
+}  // namespace adamw_kernels

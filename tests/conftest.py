@@ -1,0 +1,57 @@
+"""Every test that updates tensors runs on every path this machine has: each CPU ISA, Triton, CUDA.
+
+Without a GPU, Triton runs under its interpreter on CPU tensors. That must be decided before Triton's decorators run,
+so it is set here, before anything imports the kernels.
+"""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from adamw_kernels import backends  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """One way to compute a step: a backend, on a CPU with an ISA."""
+
+    backend: str
+    device: torch.device
+    isa: str = ""
+
+    def __str__(self) -> str:
+        """What pytest shows."""
+        kind = "interpreter" if self.backend == "triton" and self.device == CPU else self.isa
+        return f"{self.backend}-{kind}" if kind else self.backend
+
+
+PATHS = [Path("cpu", CPU, isa) for isa in backends.cpu_isas()]
+PATHS.append(Path("triton", torch.device("cuda", 0) if HAS_GPU else CPU))
+if HAS_GPU and not backends.why_not("cuda", torch.device("cuda", 0)):
+    PATHS.append(Path("cuda", torch.device("cuda", 0)))
+
+
+@pytest.fixture(params=PATHS, ids=str)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Force one path for the duration of a test; tensors go to `path.device`."""
+    chosen: Path = request.param
+    monkeypatch.setenv(backends.BACKEND_VARIABLE, chosen.backend)
+    if chosen.isa:
+        monkeypatch.setenv(backends.ISA_VARIABLE, chosen.isa)
+    else:
+        monkeypatch.delenv(backends.ISA_VARIABLE, raising=False)
+    return chosen
+
+
+@pytest.fixture(params=["cpu", "cuda"] if HAS_GPU else ["cpu"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every kind of device, with the backend that "auto" takes there."""
+    return torch.device("cuda", 0) if request.param == "cuda" else CPU

@@ -1,0 +1,119 @@
+"""Reads what compilers wrote: the opcodes of PTX, SASS and AMD assembly, function by function."""
+
+import re
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+# --- NVIDIA: PTX ------------------------------------------------------------------------------------------
+
+
+def ptx_kernels(text: str) -> dict[str, list[str]]:
+    """Opcodes of every kernel in a PTX file, in order, by its (mangled) name."""
+    bodies = re.split(r"(?m)^\s*(?:\.visible|\.weak)?\s*\.entry\s+([\w$]+)", text)[1:]
+    return {name: ptx_opcodes(body) for name, body in zip(bodies[::2], bodies[1::2], strict=True)}
+
+
+def ptx_opcodes(text: str) -> list[str]:
+    """Opcodes with their modifiers, such as 'ld.global.v4.b32', in order."""
+    statements = re.split(r"[;{}\n]", re.sub(r"//.*", "", text))
+    matches = (re.match(r"\s*(?:@!?%\w+\s+)?([a-z]\w*(?:\.[\w:]+)*)(?=\s|$)", statement) for statement in statements)
+    return [match[1] for match in matches if match]
+
+
+FLOATING_POINT = re.compile(r"\.(?:f16|bf16|f32|f64)(?:x2)?\b")
+
+# What moves, compares, selects or converts floating-point values, and what rounds once, to nearest. A product or a sum
+# without `.rn` does not belong here: ptxas may contract it.
+IEEE_OPCODES = re.compile(
+    r"(?:ld|st|mov|selp|setp|neg|abs|cvt|cvta)\.[\w.:]+|(?:add|sub|mul|div|rcp|sqrt)\.rn\.(?:f32x2|f32|f64)"
+)
+
+
+def outside_ieee(opcodes: list[str]) -> set[str]:
+    """The floating-point opcodes that are not single, correctly rounded operations, and those that flush subnormals."""
+    return {
+        opcode
+        for opcode in opcodes
+        if (FLOATING_POINT.search(opcode) and not IEEE_OPCODES.fullmatch(opcode))
+        or re.search(r"\.(?:ftz|approx|full)\b", opcode)
+    }
+
+
+def ptx_wide_accesses(opcodes: list[str], kind: str) -> int:
+    """How many global loads (`kind` 'ld') or stores ('st') move 16 bytes."""
+    wide = re.compile(rf"{kind}\.global(?:\.[\w:]+)*\.(?:v4\.[busf]32|v2\.[busf]64)")
+    return sum(bool(wide.fullmatch(opcode)) for opcode in opcodes)
+
+
+# --- NVIDIA: SASS -----------------------------------------------------------------------------------------
+
+
+def nvidia_tool(name: str) -> str | None:
+    """Path of cuobjdump or nvdisasm: the CUDA toolkit's, else the one that Triton brings along."""
+    found = shutil.which(name)
+    triton = find_spec("triton")
+    if found is None and triton is not None and triton.origin is not None:
+        bundled = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name
+        found = str(bundled) if bundled.exists() else None
+    return found
+
+
+def disassemble(cubin: Path) -> str:
+    """The SASS of a cubin; without data flow analysis, which adds nothing to the text and half the time."""
+    tool = nvidia_tool("nvdisasm")
+    assert tool is not None
+    return subprocess.run([tool, "-ndf", "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
+
+
+def resources(cubin: Path) -> dict[str, dict[str, int]]:
+    """What a thread of every kernel in a cubin takes, by its (mangled) name: 'REG', 'STACK', 'LOCAL' and more."""
+    tool = nvidia_tool("cuobjdump")
+    assert tool is not None
+    text = subprocess.run([tool, "-res-usage", str(cubin)], check=True, capture_output=True, text=True).stdout
+    return {
+        name: {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
+        for name, line in re.findall(r"(?m)^\s*Function ([\w$]+):\n(.*)$", text)
+    }
+
+
+def sass_kernels(text: str) -> dict[str, list[str]]:
+    """Opcodes of every function in a disassembled cubin, by its (mangled) name."""
+    bodies = re.split(r"(?m)^\.text\.([\w$]+):", text)[1:]
+    return {name: sass_opcodes(body) for name, body in zip(bodies[::2], bodies[1::2], strict=True)}
+
+
+def sass_opcodes(text: str) -> list[str]:
+    """Opcodes with their modifiers, such as 'LDG.E.128', in order."""
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", text)
+
+
+def is_local_access(opcode: str) -> bool:
+    """Whether a SASS opcode reads or writes local memory: a spill, or an array that is not in registers."""
+    return opcode.split(".")[0] in ("LDL", "STL")
+
+
+def sass_wide_accesses(opcodes: list[str], kind: str) -> int:
+    """How many global loads (`kind` 'LDG') or stores ('STG') move 16 bytes."""
+    return sum(opcode.startswith(f"{kind}.") and ".128" in opcode for opcode in opcodes)
+
+
+def is_float64_arithmetic(opcode: str) -> bool:
+    """Whether a SASS opcode computes in float64 or converts to or from it."""
+    return opcode.split(".")[0] in ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX") or "F64" in opcode or ".64H" in opcode
+
+
+# --- AMD --------------------------------------------------------------------------------------------------
+
+
+def amd_opcodes(text: str) -> list[str]:
+    """Opcodes of AMD assembly, such as 'global_load_dwordx4', in order."""
+    return re.findall(r"(?m)^\s+((?:s|v|ds|global|flat|buffer|scratch)_\w+)", text)
+
+
+def amd_metadata(text: str, key: str) -> int:
+    """A number that AMD assembly states about its kernel: a metadata entry or an `.amdhsa_` directive."""
+    values = re.findall(rf"(?m)^\s*\.{key}:?\s+(\d+)\s*$", text)
+    assert len(values) == 1, f"{key} stands there {len(values)} times"
+    return int(values[0])

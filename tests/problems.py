@@ -1,0 +1,363 @@
+"""Random problems: what one step reads and writes, as torch tensors in guarded memory and as the judge's arrays.
+
+A `Case` is one parameter with its gradient and state. Its tensors lie between rows of sentinel bytes; the same values
+stand beside them as NumPy arrays, which `reference.step_exact` moves on. `check` then compares every stored bit and
+every sentinel.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Path
+from hypothesis import HealthCheck, Phase, settings
+from reference import ARRAY_DTYPE, compute_dtype, load, step_count_after, step_exact, store
+
+from adamw_kernels import FusedAdamW, fused_adamw_
+
+TORCH_DTYPE = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+# A parameter's dtype and its gradient's: the parameter's own, or any of float32, bfloat16, float16.
+DTYPE_PAIRS = [
+    (param, grad) for param, grad in itertools.product(TORCH_DTYPE, repeat=2) if grad != "float64" or param == "float64"
+]
+
+FLAGS = [
+    dict(amsgrad=amsgrad, maximize=maximize, decoupled=decoupled)
+    for amsgrad, maximize, decoupled in itertools.product([False, True], [False, True], [True, False])
+]
+PLAIN, AMSGRAD = FLAGS[0], FLAGS[4]
+
+HYPER = dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+# --- one dtype's bits, in NumPy and in torch ------------------------------------------------------------------------
+
+
+def stored(tensor: torch.Tensor) -> np.ndarray:
+    """Return a copy of a tensor's values as the judge holds them: contiguous, bfloat16 as its bits."""
+    tensor = tensor.detach().cpu().contiguous().clone()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def as_tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
+    """Return a contiguous CPU tensor with the stored values of an array."""
+    return torch.from_numpy(np.ascontiguousarray(array).copy()).view(TORCH_DTYPE[dtype]).reshape(array.shape)
+
+
+def assert_same_bits(got: np.ndarray, expected: np.ndarray, dtype: str, what: str) -> None:
+    """Compare stored values bit for bit; a NaN equals any NaN, for payloads are outside the promise."""
+    assert got.dtype == expected.dtype == ARRAY_DTYPE[dtype], what
+    assert got.shape == expected.shape, what
+    got_bits, expected_bits = (np.ravel(x).view(f"u{x.dtype.itemsize}") for x in (got, expected))
+    if np.array_equal(got_bits, expected_bits):
+        return
+    values = [np.ravel(load(x, dtype, np.float64)) for x in (got, expected)]
+    wrong = np.flatnonzero((got_bits != expected_bits) & ~(np.isnan(values[0]) & np.isnan(values[1])))
+    if len(wrong):
+        i = wrong[0]
+        pytest.fail(
+            f"{what}: {len(wrong)} of {len(got_bits)} {dtype} values differ, first element {i}: "
+            f"got {values[0][i]!r} ({got_bits[i]:#x}), expected {values[1][i]!r} ({expected_bits[i]:#x})"
+        )
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+def ordinary_values(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, scale: float = 1.0) -> np.ndarray:
+    """Return stored random values of both signs whose magnitudes spread over six decades below about 4 * `scale`."""
+    values = scale * rng.standard_normal(shape) * 10.0 ** rng.uniform(-6, 0, shape)
+    return store(np.asarray(values, dtype=compute_dtype(dtype)), dtype)
+
+
+def special_pool(dtype: str) -> np.ndarray:
+    """Return the stored edge cases of a dtype: zeros, infinities, NaN, largest, smallest, subnormal, and a few plain.
+
+    Squares of the plain ones beyond 1e19 overflow float32, those below 1e-23 vanish in it.
+    """
+    info = torch.finfo(TORCH_DTYPE[dtype])
+    smallest_subnormal = info.tiny * info.eps
+    finite = [0.0, info.max, info.tiny, smallest_subnormal, info.tiny - smallest_subnormal, 1.0, 1.5, 1e-3, 3e4]
+    finite += [x for x in (1e-30, 1e-20, 3e19, 1e30) if smallest_subnormal <= x <= info.max]
+    values = [np.nan, np.inf, -np.inf, *finite, *(-x for x in finite)]
+    return store(np.asarray(values, dtype=compute_dtype(dtype)), dtype)
+
+
+def special_values(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Return stored values drawn from `special_pool`."""
+    return rng.choice(special_pool(dtype), shape)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+SENTINEL = 0xA5
+GUARD_BYTES = 64
+
+
+class Guarded:
+    """A tensor between two rows of sentinel bytes, as many elements past a 64-byte boundary as one likes."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: str,
+        device: torch.device,
+        *,
+        strides: tuple[int, ...] | None = None,
+        offset: int = 0,
+    ) -> None:
+        """Allocate and fill everything with sentinels.
+
+        Args:
+            shape: of the tensor.
+            dtype: storage dtype's name.
+            device: where to allocate.
+            strides: in elements; contiguous by default.
+            offset: elements past a 64-byte boundary.
+        """
+        self.dtype = dtype
+        itemsize = TORCH_DTYPE[dtype].itemsize
+        if strides is None:
+            strides = torch.empty(shape, device="meta").stride()
+        span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        span = 0 if 0 in shape else span
+        self._begin = GUARD_BYTES + offset * itemsize
+        self._end = self._begin + span * itemsize
+        total = -(-(self._end + GUARD_BYTES) // 8) * 8
+        self.memory = torch.full((total,), SENTINEL, dtype=torch.uint8, device=device)
+        assert self.memory.data_ptr() % GUARD_BYTES == 0
+        self.tensor = self.memory.view(TORCH_DTYPE[dtype]).as_strided(shape, strides, self._begin // itemsize)
+
+    def write(self, array: np.ndarray) -> None:
+        """Store the values of an array."""
+        self.tensor.copy_(as_tensor(array, self.dtype))
+
+    def check(self, expected: np.ndarray, what: str) -> None:
+        """Compare the tensor bit for bit and the memory around it with the sentinel."""
+        assert_same_bits(stored(self.tensor), expected, self.dtype, what)
+        for side, guard in (("before", self.memory[: self._begin]), ("after", self.memory[self._end :])):
+            assert bool((guard == SENTINEL).all()), f"{what}: memory {side} the tensor was written to"
+
+
+# --- one parameter with its gradient and state ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(eq=False)
+class Case:
+    """One parameter, its gradient and its state: guarded tensors by name, and the judge's arrays by the same names."""
+
+    param_dtype: str
+    grad_dtype: str
+    tensors: dict[str, Guarded]
+    arrays: dict[str, np.ndarray]
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """The storage dtype of each of the case's tensors."""
+        moment = np.dtype(compute_dtype(self.param_dtype)).name
+        return dict(param=self.param_dtype, grad=self.grad_dtype, step="float32") | dict.fromkeys(MOMENTS, moment)
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        """The tensor called `key`: param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq or step."""
+        return self.tensors[key].tensor
+
+    def write(self, key: str, array: np.ndarray) -> None:
+        """Give the tensor and the judge other values."""
+        self.tensors[key].write(array)
+        self.arrays[key] = array.copy()
+
+    def renew_grad(self, rng: np.random.Generator) -> None:
+        """Another ordinary gradient in the same memory."""
+        self.write("grad", ordinary_values(rng, self.arrays["grad"].shape, self.grad_dtype))
+
+    def judge(self, hyper: Mapping[str, float], flags: Mapping[str, bool]) -> None:
+        """Let the judge take the step."""
+        a = self.arrays
+        step = step_count_after(np.float32(a["step"]))
+        a["step"] = np.array(step, dtype=np.float32)
+        a["param"], a["exp_avg"], a["exp_avg_sq"], a["max_exp_avg_sq"] = step_exact(
+            a["param"],
+            a["grad"],
+            a["exp_avg"],
+            a["exp_avg_sq"],
+            a["max_exp_avg_sq"],
+            int(step),
+            param_dtype=self.param_dtype,
+            grad_dtype=self.grad_dtype,
+            **hyper,
+            **flags,
+        )
+
+    def check(self, what: str) -> None:
+        """Compare every tensor, the gradient and the unused maximum among them, with the judge's arrays."""
+        shape = self.arrays["param"].shape
+        for key, tensor in self.tensors.items():
+            tensor.check(
+                self.arrays[key], f"{what}: {key} of a {self.param_dtype} {shape} with a {self.grad_dtype} gradient"
+            )
+
+
+def make_case(
+    rng: np.random.Generator,
+    shape: tuple[int, ...],
+    param_dtype: str,
+    grad_dtype: str,
+    device: torch.device,
+    *,
+    special: bool = False,
+    steps_taken: float = 0,
+    strides: tuple[int, ...] | None = None,
+    offsets: Mapping[str, int] | None = None,
+) -> Case:
+    """Return a case in the middle of training: random weights, gradient and moments.
+
+    Args:
+        rng: draws the values.
+        shape: of the parameter.
+        param_dtype: storage dtype of the parameter.
+        grad_dtype: storage dtype of the gradient.
+        device: where the tensors live.
+        special: draw everything from `special_pool`, independently.
+        steps_taken: the stored step count.
+        strides: of every tensor, in elements; contiguous by default.
+        offsets: elements past a 64-byte boundary at which a tensor starts, by its name.
+    """
+    case = Case(param_dtype, grad_dtype, {}, {})
+    for key, dtype in case.dtypes.items():
+        if key == "step":
+            case.tensors[key] = Guarded((), dtype, device)
+            case.write(key, np.array(steps_taken, dtype=np.float32))
+            continue
+        case.tensors[key] = Guarded(shape, dtype, device, strides=strides, offset=(offsets or {}).get(key, 0))
+        if special:
+            array = special_values(rng, shape, dtype)
+        elif key.endswith("_sq"):
+            array = np.abs(ordinary_values(rng, shape, dtype, scale=1e-2))
+        else:
+            array = ordinary_values(rng, shape, dtype)
+        case.write(key, array)
+    return case
+
+
+def check_all(cases: Iterable[Case], what: str) -> None:
+    """Compare every case with the judge."""
+    for i, case in enumerate(cases):
+        case.check(f"{what}, tensor {i}")
+
+
+# --- the two ways in ------------------------------------------------------------------------------------------------
+
+
+def update_lists(
+    cases: Sequence[Case], hyper: Mapping[str, Any], flags: Mapping[str, bool], *, grads: Any = None, **options: Any
+) -> None:
+    """Take one step of all cases with `fused_adamw_`; the judge stands still.
+
+    Args:
+        cases: what to update.
+        hyper: lr, beta1, beta2, eps, weight_decay: floats or tensors.
+        flags: amsgrad, maximize, decoupled.
+        grads: gradients to pass instead of the cases' own.
+        options: other keyword arguments of `fused_adamw_`.
+    """
+    lists = {key: [case[key] for case in cases] for key in ("param", "grad", *MOMENTS, "step")}
+    fused_adamw_(
+        lists["param"],
+        lists["grad"] if grads is None else grads,
+        lists["exp_avg"],
+        lists["exp_avg_sq"],
+        lists["max_exp_avg_sq"] if flags["amsgrad"] else [],
+        lists["step"],
+        **hyper,
+        **flags,
+        **options,
+    )
+
+
+def step_lists(
+    cases: Sequence[Case], hyper: Mapping[str, Any], flags: Mapping[str, bool], *, grads: Any = None, **options: Any
+) -> None:
+    """Take one step of all cases with `fused_adamw_`, and let the judge take it too. Arguments of `update_lists`."""
+    update_lists(cases, hyper, flags, grads=grads, **options)
+    judge_all(cases, hyper, flags)
+
+
+def judge_all(cases: Iterable[Case], hyper: Mapping[str, Any], flags: Mapping[str, bool]) -> None:
+    """Let the judge take one step of every case; a hyperparameter's tensor counts as its float64 value."""
+    values = {key: float(value) for key, value in hyper.items()}
+    for case in cases:
+        case.judge(values, flags)
+
+
+@dataclasses.dataclass
+class Group:
+    """The cases of one parameter group and its options."""
+
+    cases: list[Case]
+    hyper: Mapping[str, Any] = dataclasses.field(default_factory=lambda: HYPER)
+    flags: Mapping[str, bool] = dataclasses.field(default_factory=lambda: PLAIN)
+
+
+class Training:
+    """A `FusedAdamW` over groups of cases whose state it has loaded, and the judge beside it."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        """Make the parameters, hand over gradients and state; no step is taken."""
+        self.groups = groups
+        self.params = [[torch.nn.Parameter(case["param"]) for case in group.cases] for group in groups]
+        options = []
+        for group, params in zip(groups, self.params, strict=True):
+            hyper = dict(group.hyper)
+            hyper["betas"] = (hyper.pop("beta1"), hyper.pop("beta2"))
+            options.append(dict(params=params, **hyper, **group.flags))
+        self.optimizer = FusedAdamW(options)
+        for p, case, group in self:
+            case_grad = case["grad"]
+            if case_grad.dtype != p.dtype:
+                p.grad_dtype = None  # any dtype
+            p.grad = case_grad
+            keys = ("step", *MOMENTS) if group.flags["amsgrad"] else ("step", *MOMENTS[:2])
+            self.optimizer.state[p] = {key: case[key] for key in keys}
+
+    def __iter__(self) -> Any:
+        """(parameter, case, group) of every parameter."""
+        for group, params in zip(self.groups, self.params, strict=True):
+            yield from ((p, case, group) for p, case in zip(params, group.cases, strict=True))
+
+    def step(self) -> None:
+        """One step of the optimizer and of the judge."""
+        self.optimizer.step()
+        for group in self.groups:
+            judge_all(group.cases, group.hyper, group.flags)
+
+    def check(self, what: str) -> None:
+        """Compare every case with the judge."""
+        for i, group in enumerate(self.groups):
+            check_all(group.cases, f"{what}, group {i} {dict(group.hyper)} {dict(group.flags)}")
+
+
+# --- drawn by hypothesis --------------------------------------------------------------------------------------------
+
+
+def explore(path: Path, native_examples: int) -> settings:
+    """Return the same examples on every run; fewer under the interpreter, which takes tens of milliseconds a step."""
+    interpreted = path.backend == "triton" and path.device.type == "cpu"
+    return settings(
+        max_examples=native_examples // 5 if interpreted else native_examples,
+        derandomize=True,
+        deadline=None,
+        phases=[Phase.explicit, Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )

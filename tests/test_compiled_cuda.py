@@ -1,0 +1,209 @@
+"""The CUDA kernels as nvcc compiles them for GPUs that need not be here: what PTX and SASS say.
+
+CMake is asked for its own command, with its own flags, and that command is run with the intermediate files kept. As for
+Triton, "no contraction" is asserted of PTX, where every product and sum must carry `.rn`; the assembler's expansions of
+`div.rn` and `sqrt.rn` use FFMA and round correctly.
+"""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from machine_code import (
+    disassemble,
+    is_float64_arithmetic,
+    is_local_access,
+    nvidia_tool,
+    outside_ieee,
+    ptx_kernels,
+    ptx_wide_accesses,
+    resources,
+    sass_kernels,
+    sass_wide_accesses,
+)
+
+ROOT = Path(__file__).parents[1]
+
+ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120"]
+
+BYTES = {"float": 4, "bf16": 2, "fp16": 2, "double": 8}
+UPDATES = {
+    f"update_kernel<{param}, {grad}>": (param, grad)
+    for param in BYTES
+    for grad in BYTES
+    if grad != "double" or param == "double"
+}
+KERNELS = ["prepare_kernel", *UPDATES]
+
+# Registers a thread, at most; a block is 256 threads. Measured with CUDA 13.0: sm_80 and sm_90; sm_100 and sm_120
+MAX_REGISTERS = {
+    "prepare_kernel": 48,  # 40; 40
+    "float": 48,  # float32 throughout, 5 blocks a multiprocessor: 44; 35 to 37
+    "16-bit": 64,  # any 16-bit operand, 4 blocks (the kernel's own launch bound): 58 to 60; 55 to 62
+    "double": 80,  # 3 blocks: 54 to 78; 48 to 68
+}
+
+
+def register_bound(kernel: str) -> int:
+    """The entry of MAX_REGISTERS for a kernel."""
+    if kernel not in UPDATES:
+        return MAX_REGISTERS[kernel]
+    param, grad = UPDATES[kernel]
+    return MAX_REGISTERS[param if param == "double" or {param, grad} == {"float"} else "16-bit"]
+
+
+@dataclass
+class Kernel:
+    """One kernel on one architecture."""
+
+    ptx: list[str]
+    sass: list[str]
+    resources: dict[str, int]
+
+
+def required(tool: str) -> str:
+    """Path of a tool, or skip."""
+    found = shutil.which(tool) or shutil.which(tool, path=str(Path(sys.executable).parent))
+    if found is None:
+        pytest.skip(f"compiling the CUDA kernels needs {tool}, which is not on PATH")
+    return found
+
+
+def demangle(names: list[str]) -> list[str]:
+    """'update_kernel<float, bf16>' and 'prepare_kernel' from the linker's names."""
+    result = subprocess.run([required("c++filt")], input="\n".join(names), capture_output=True, text=True, check=True)
+    plain = [re.sub(r"\(anonymous namespace\)::|_GLOBAL__N_\w*::", "", line) for line in result.stdout.splitlines()]
+    return [re.sub(r"^void |\(.*", "", line) for line in plain]
+
+
+def compile_command(folder: Path) -> tuple[list[str], Path]:
+    """The command by which CMake builds csrc/cuda.cu, and the folder it runs in."""
+    configure = [required("cmake"), "-S", str(ROOT), "-B", str(folder), "-DADAMW_KERNELS_CUDA=ON"]
+    result = subprocess.run([*configure, f"-DPython_EXECUTABLE={sys.executable}"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    entries = json.loads((folder / "compile_commands.json").read_text())
+    (entry,) = (entry for entry in entries if entry["file"].endswith("csrc/cuda.cu"))
+    return shlex.split(entry["command"]), Path(entry["directory"])
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Kernel]]:
+    """Every kernel, by architecture and name."""
+    required("nvcc")
+    if nvidia_tool("nvdisasm") is None or nvidia_tool("cuobjdump") is None:
+        pytest.skip("reading cubins needs nvdisasm and cuobjdump, of the CUDA toolkit or of Triton")
+    folder = tmp_path_factory.mktemp("cuda")
+    command, directory = compile_command(folder / "build")
+    command[command.index("-o") + 1] = str(folder / "cuda.o")
+    kept = folder / "kept"
+    kept.mkdir()
+    command += ["--keep", "--keep-dir", str(kept)]
+    result = subprocess.run(command, cwd=directory, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    kernels: dict[str, dict[str, Kernel]] = {}
+    for architecture in ARCHITECTURES:
+        number = architecture.removeprefix("sm_")
+        (ptx_file,) = kept.glob(f"*compute_{number}.ptx")
+        (cubin,) = kept.glob(f"*compute_{number}*.cubin")
+        ptx, sass, usage = ptx_kernels(ptx_file.read_text()), sass_kernels(disassemble(cubin)), resources(cubin)
+        kernels[architecture] = {
+            plain: Kernel(ptx[name], sass[name], usage[name])
+            for name, plain in zip(ptx, demangle(list(ptx)), strict=True)
+        }
+    return kernels
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def kernels(request: pytest.FixtureRequest, compiled: dict[str, dict[str, Kernel]]) -> dict[str, Kernel]:
+    """The kernels of one architecture, by name."""
+    return compiled[request.param]
+
+
+def elements_per_thread(kernel: str) -> int:
+    """How many elements a thread holds at a time: 16 bytes of the narrowest operand, at most 32 of the widest."""
+    param, grad = UPDATES[kernel]
+    return min(16 // min(BYTES[param], BYTES[grad]), 32 // max(BYTES[param], 4))
+
+
+def test_every_kernel_was_compiled(compiled: dict[str, dict[str, Kernel]]) -> None:
+    """On every architecture there is prepare and one update for each dtype combination, and nothing else."""
+    for architecture, kernels in compiled.items():
+        assert set(kernels) == set(KERNELS), architecture
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_nothing_is_spilled(kernels: dict[str, Kernel], name: str) -> None:
+    """No kernel keeps anything in local memory: no stack, no spill."""
+    kernel = kernels[name]
+    assert kernel.resources["STACK"] == 0
+    assert kernel.resources["LOCAL"] == 0
+    assert kernel.sass and not [opcode for opcode in kernel.sass if is_local_access(opcode)]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_registers_stay_under_their_bound(kernels: dict[str, Kernel], name: str) -> None:
+    """A thread takes no more registers than MAX_REGISTERS grants."""
+    assert 0 < kernels[name].resources["REG"] <= register_bound(name)
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_aligned_path_moves_16_bytes_at_a_time(kernels: dict[str, Kernel], name: str) -> None:
+    """Every operand is loaded and stored by 16-byte instructions; 8 bytes of a 16-bit gradient beside float64."""
+    kernel = kernels[name]
+    param, grad = UPDATES[name]
+    elements = elements_per_thread(name)
+    written = [BYTES[param], *[max(BYTES[param], 4)] * 3]  # p, m, v, v_max
+    assert all(elements * size >= 16 for size in written)
+    stores = sum(elements * size // 16 for size in written)
+    loads = stores + elements * BYTES[grad] // 16
+    # A tensor's coefficients are read in 16-byte pieces too: one row of eight numbers, at most.
+    coefficients = 8 * max(BYTES[param], 4) // 16
+    assert loads <= ptx_wide_accesses(kernel.ptx, "ld") <= loads + coefficients
+    assert ptx_wide_accesses(kernel.ptx, "st") == stores
+    assert sass_wide_accesses(kernel.sass, "LDG") >= loads
+    assert sass_wide_accesses(kernel.sass, "STG") >= stores
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_update_knows_that_its_memory_is_global(kernels: dict[str, Kernel], name: str) -> None:
+    """No generic access in update: each would first have to find out which memory it means."""
+    kernel = kernels[name]
+    assert not [opcode for opcode in kernel.ptx if re.match(r"(?:ld|st)\.(?!global|param)", opcode)]
+    assert not [opcode for opcode in kernel.sass if opcode.split(".")[0] in ("LD", "ST")]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_operation_is_rounded_once_to_nearest(kernels: dict[str, Kernel], name: str) -> None:
+    """PTX holds only `.rn` arithmetic: no fma, nothing that ptxas may contract, no flushing, no approximation."""
+    kernel = kernels[name]
+    assert outside_ieee(kernel.ptx) == set()
+    width = "f64" if name == "prepare_kernel" or UPDATES[name][0] == "double" else "f32"
+    counts = Counter(kernel.ptx)
+    assert counts[f"div.rn.{width}"] > 0
+    assert counts[f"sqrt.rn.{width}"] > 0
+
+
+@pytest.mark.parametrize("name", [name for name, (param, _) in UPDATES.items() if param != "double"])
+def test_update_has_no_float64(kernels: dict[str, Kernel], name: str) -> None:
+    """Float64 belongs to prepare: update has none, in PTX or SASS, unless the parameter itself is float64."""
+    kernel = kernels[name]
+    assert not [opcode for opcode in kernel.ptx if ".f64" in opcode]
+    assert not [opcode for opcode in kernel.sass if is_float64_arithmetic(opcode)]
+    assert [opcode for opcode in kernels["prepare_kernel"].sass if is_float64_arithmetic(opcode)]
+
+
+def test_contraction_would_be_noticed(tmp_path: Path) -> None:
+    """Compiled with nvcc's own defaults, update holds an fma that the check sees."""
+    ptx = tmp_path / "cuda.ptx"
+    command = [required("nvcc"), "-std=c++17", "-arch=sm_90", "-ptx", str(ROOT / "csrc" / "cuda.cu"), "-o", str(ptx)]
+    subprocess.run(command, check=True, capture_output=True)
+    by_name = ptx_kernels(ptx.read_text())
+    opcodes = dict(zip(demangle(list(by_name)), by_name.values(), strict=True))
+    assert "fma.rn.f32" in outside_ieee(opcodes["update_kernel<float, float>"])
