@@ -33,7 +33,7 @@ $(VENV)/.installed: pyproject.toml Makefile
 	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install -q "$(TORCH)" "$(TRITON)" "setuptools>=77" wheel "pybind11>=2.13" ninja
 	command -v cmake >/dev/null || $(BIN)/python -m pip install -q "cmake>=3.25"
-	$(BIN)/python -m pip install -q --group test --group lint --group examples
+	$(BIN)/python -m pip install -q --group test --group lint --group examples --group bench
 	touch $@
 
 lint: $(VENV)/.installed
@@ -60,8 +60,8 @@ sanitize: $(VENV)/.installed
 	  -DADAMW_KERNELS_CUDA=OFF -DADAMW_KERNELS_WERROR=ON -DADAMW_KERNELS_SANITIZE=address,undefined \
 	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath $(SANITIZED))/adamw_kernels
 	cmake --build $(SANITIZED)/build --parallel
-	cp adamw_kernels/*.py pyproject.toml $(SANITIZED)/ && mv $(SANITIZED)/*.py $(SANITIZED)/adamw_kernels/
-	rm -rf $(SANITIZED)/tests && cp -r tests $(SANITIZED)/tests
+	rm -rf $(SANITIZED)/tests && cp -r tests pyproject.toml $(SANITIZED)/
+	cp adamw_kernels/*.py $(SANITIZED)/adamw_kernels/
 	cd $(SANITIZED) && ! $(SANITIZED_PYTHON) tests/sanitizer_canary.py 2>canary.log && grep -q heap-buffer-overflow canary.log
 	cd $(SANITIZED) && $(SANITIZED_PYTHON) -m pytest -q -k "cpu and not hypothesis" $(SANITIZED_TESTS)
 

@@ -202,6 +202,8 @@ class LaunchTable:
                 spec.flags(),
             )
         self._row_words = array("q", words)
+        # Four bytes each: their memory is kept, so that nobody need read the steps' addresses again on every step.
+        self._steps = [spec.step.detach() for spec in specs]
         self.numel = sum(words[ROW_NUMEL::WORDS_PER_ROW])
 
         chunk_words, ends = cut_into_chunks(words[ROW_NUMEL::WORDS_PER_ROW], chunk_size)

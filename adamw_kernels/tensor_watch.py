@@ -116,7 +116,9 @@ class PythonTensorWatch:
         for key, entry in state.items():
             slot = slot_of.get(id(key), NO_ROW)
             watched = [name for name in STATE_KEYS if name in entry] if slot and isinstance(entry, dict) else []
-            self._state.append((id(key), [(name, _Seen(entry[name], slot > 0)) for name in watched]))
+            # The launch table keeps the steps' memory; of a step only its identity counts.
+            seen = [(name, _Seen(entry[name], readable=slot > 0 and name != "step")) for name in watched]
+            self._state.append((id(key), seen))
 
     def sweep(self, param_groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> Sweep | None:
         """See `TensorWatch.sweep`."""

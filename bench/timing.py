@@ -1,8 +1,9 @@
 """Interleaved sampling: every round takes one sample of every trial, so drift hits all of them alike.
 
-A sample is a handful of calls timed together, as many as fill `SAMPLE_SECONDS`. Times are per call. On a CPU the
-clock is `perf_counter`. On a GPU a sample is bracketed by CUDA events on an idle device, so it contains the gaps
-that a slow host leaves between kernels, and the wall-clock up to the final synchronisation is kept beside it.
+A sample is a handful of calls timed together, as many as fill `SAMPLE_SECONDS`, after an untimed one that undoes most
+of what the other trials left in the caches: what is timed is the warm call. Times are per call. On a CPU the clock is
+`perf_counter`. On a GPU a sample is bracketed by CUDA events on an idle device, so it contains the gaps that a slow
+host leaves between kernels, and the wall-clock up to the final synchronisation is kept beside it.
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ def interleave(
         if elapsed > seconds and (number >= min_rounds or elapsed > PATIENCE * seconds):
             break
         for name, run in trials.items():
+            if samples[name].calls > 1:
+                run()  # brings its objects and small tensors back into the caches; large ones do not fit anyway
             on_device, on_wall = time_calls(run, samples[name].calls, device)
             samples[name].device.append(on_device)
             samples[name].wall.append(on_wall)

@@ -40,8 +40,16 @@ bool is_target(PyObject* weakref, PyObject* object) {
   Py_XDECREF(target);
   return same;
 #else
-  return PyWeakref_GetObject(weakref) == object;
+  return PyWeakref_GET_OBJECT(weakref) == object;
 #endif
+}
+
+bool is_state_name(PyObject* name) {
+  if (!PyUnicode_Check(name)) return false;
+  for (const char* own : {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}) {
+    if (PyUnicode_CompareWithASCIIString(name, own) == 0) return true;
+  }
+  return false;
 }
 
 // Empty tensors have no address, yet a gradient of no elements is a gradient: any non-zero number stands for it.
@@ -55,16 +63,19 @@ bool TensorWatch::read(PyObject* tensor, dlpack::Tensor* out) const {
   return false;
 }
 
-TensorWatch::Seen TensorWatch::see(PyObject* tensor, const dlpack::Tensor& view) const {
-  Seen seen;
-  seen.weakref = PyWeakref_NewRef(tensor, nullptr);
-  if (seen.weakref == nullptr) {
-    PyErr_Clear();
-    throw std::invalid_argument("a tensor that cannot be weakly referenced");
-  }
-  seen.data = address(view);
-  seen.dtype = dtype_key(view);
-  return seen;
+// The address of a tensor's memory; nullptr with no Python error set where it cannot be read.
+void* TensorWatch::data_of(PyObject* tensor) const {
+  const Ref number(data_ptr_(tensor, nullptr));
+  void* data = number ? PyLong_AsVoidPtr(number.get()) : nullptr;
+  if (data == nullptr) PyErr_Clear();
+  return data;
+}
+
+// A new reference; nullptr with a Python error set where it cannot be read.
+PyObject* TensorWatch::grad_of(const Param& param, PyObject* object) const {
+  if (!param.plain_grad) return PyObject_GetAttr(object, str_grad_);
+  const PyGetSetDef& property = *reinterpret_cast<PyGetSetDescrObject*>(grad_descriptor_)->d_getset;
+  return property.get(object, property.closure);
 }
 
 TensorWatch::TensorWatch(PyObject* exchange_capsule, PyObject* tensor_type, PyObject* param_groups, PyObject* state,
@@ -72,9 +83,7 @@ TensorWatch::TensorWatch(PyObject* exchange_capsule, PyObject* tensor_type, PyOb
     : tensor_type_(reinterpret_cast<PyTypeObject*>(tensor_type)),
       str_grad_(PyUnicode_InternFromString("grad")),
       str_params_(PyUnicode_InternFromString("params")),
-      str_is_neg_(PyUnicode_InternFromString("is_neg")),
-      str_state_{PyUnicode_InternFromString("step"), PyUnicode_InternFromString("exp_avg"),
-                 PyUnicode_InternFromString("exp_avg_sq"), PyUnicode_InternFromString("max_exp_avg_sq")} {
+      str_is_neg_(PyUnicode_InternFromString("is_neg")) {
   api_ = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(exchange_capsule, dlpack::kCapsuleName));
   if (api_ == nullptr) {
     PyErr_Clear();
@@ -83,6 +92,20 @@ TensorWatch::TensorWatch(PyObject* exchange_capsule, PyObject* tensor_type, PyOb
   if (api_->header.version.major != dlpack::kMajorVersion || api_->tensor_from_py_object == nullptr) {
     throw std::invalid_argument("this DLPack exchange API cannot be read: version " +
                                 std::to_string(api_->header.version.major));
+  }
+
+  const Ref descriptor(PyObject_GetAttrString(tensor_type, "data_ptr"));
+  if (!descriptor || Py_TYPE(descriptor.get()) != &PyMethodDescr_Type) {
+    PyErr_Clear();
+    throw std::invalid_argument("Tensor.data_ptr is not a native method");
+  }
+  const PyMethodDef& method = *reinterpret_cast<PyMethodDescrObject*>(descriptor.get())->d_method;
+  if (method.ml_flags != METH_NOARGS) throw std::invalid_argument("Tensor.data_ptr takes arguments");
+  data_ptr_ = method.ml_meth;
+  grad_descriptor_ = PyObject_GetAttr(tensor_type, str_grad_);
+  if (grad_descriptor_ == nullptr || Py_TYPE(grad_descriptor_) != &PyGetSetDescr_Type) {
+    PyErr_Clear();
+    throw std::invalid_argument("Tensor.grad is not a native property");
   }
 
   std::unordered_map<PyObject*, const Param*> by_object;
@@ -96,6 +119,9 @@ TensorWatch::TensorWatch(PyObject* exchange_capsule, PyObject* tensor_type, PyOb
       if (params_.size() == slots.size()) throw std::invalid_argument("more parameters than slots");
       Param param;
       param.object = object;
+      const Ref own_descriptor(PyObject_GetAttr(reinterpret_cast<PyObject*>(Py_TYPE(object)), str_grad_));
+      if (!own_descriptor) PyErr_Clear();
+      param.plain_grad = own_descriptor.get() == grad_descriptor_;
       param.slot = slots[params_.size()];
       param.grad_dtype = static_cast<uint32_t>(grad_dtypes[params_.size()]);
       dlpack::Tensor view = {};
@@ -104,10 +130,12 @@ TensorWatch::TensorWatch(PyObject* exchange_capsule, PyObject* tensor_type, PyOb
         param.data = address(view);
         param.dtype = dtype_key(view);
         param.device = view.device;
-        param.shape.assign(view.shape, view.shape + view.ndim);
-        param.strides.assign(view.strides, view.strides + view.ndim);
+        param.ndim = view.ndim;
+        param.layout = layouts_.size();
+        layouts_.insert(layouts_.end(), view.shape, view.shape + view.ndim);
+        layouts_.insert(layouts_.end(), view.strides, view.strides + view.ndim);
         param.numel = 1;
-        for (int64_t size : param.shape) param.numel *= size;
+        for (int32_t d = 0; d < view.ndim; ++d) param.numel *= view.shape[d];
       }
       params_.push_back(std::move(param));
       by_object[object] = &params_.back();
@@ -119,36 +147,37 @@ TensorWatch::TensorWatch(PyObject* exchange_capsule, PyObject* tensor_type, PyOb
   while (PyDict_Next(state, &position, &key, &value)) {
     StateEntry entry;
     entry.key = key;
+    entry.begin = state_items_.size();
     const auto found = by_object.find(key);
-    if (found != by_object.end() && found->second->slot != 0 && PyDict_Check(value)) {
-      entry.readable = found->second->slot > 0;
-      for (int k = 0; k < 4; ++k) {
-        PyObject* tensor = PyDict_GetItem(value, str_state_[k]);
-        if (tensor == nullptr) continue;
-        dlpack::Tensor view = {};
-        if (entry.readable && !read(tensor, &view)) throw std::invalid_argument("a state that DLPack cannot describe");
-        entry.tensors[k] = see(tensor, view);
+    entry.watched = found != by_object.end() && found->second->slot != 0 && PyDict_Check(value);
+    PyObject *name, *item;
+    Py_ssize_t item_position = 0;
+    while (entry.watched && PyDict_Next(value, &item_position, &name, &item)) {
+      if (!is_state_name(name)) continue;
+      StateItem seen;
+      if (found->second->slot > 0 && PyUnicode_CompareWithASCIIString(name, "step") != 0) seen.data = data_of(item);
+      seen.weakref = PyWeakref_NewRef(item, nullptr);
+      if (seen.weakref == nullptr) {
+        PyErr_Clear();
+        throw std::invalid_argument("a state that cannot be weakly referenced");
       }
+      seen.key = Py_NewRef(name);
+      state_items_.push_back(seen);
     }
+    entry.end = state_items_.size();
     state_.push_back(entry);
   }
 }
 
 TensorWatch::~TensorWatch() {
-  for (StateEntry& entry : state_) {
-    for (Seen& seen : entry.tensors) Py_XDECREF(seen.weakref);
+  for (StateItem& seen : state_items_) {
+    Py_DECREF(seen.key);
+    Py_DECREF(seen.weakref);
   }
   Py_DECREF(str_grad_);
   Py_DECREF(str_params_);
   Py_DECREF(str_is_neg_);
-  for (PyObject* name : str_state_) Py_DECREF(name);
-}
-
-bool TensorWatch::unchanged(const Seen& seen, PyObject* tensor, bool readable) const {
-  if (!is_target(seen.weakref, tensor)) return false;
-  if (!readable) return true;
-  dlpack::Tensor view;
-  return read(tensor, &view) && address(view) == seen.data && dtype_key(view) == seen.dtype;
+  Py_XDECREF(grad_descriptor_);
 }
 
 bool TensorWatch::params_unchanged(PyObject* param_groups, PyObject* params, PyObject* grads, PyObject* odd) const {
@@ -165,7 +194,7 @@ bool TensorWatch::params_unchanged(PyObject* param_groups, PyObject* params, PyO
       const Param& param = params_[index];
       PyObject* object = PyList_GET_ITEM(list, i);
       if (object != param.object) return false;
-      const Ref grad(PyObject_GetAttr(object, str_grad_));
+      const Ref grad(grad_of(param, object));
       if (!grad) return false;
       if (param.slot == 0) {
         if (grad.get() != Py_None) return false;  // its first gradient: it needs a row
@@ -185,11 +214,13 @@ bool TensorWatch::params_unchanged(PyObject* param_groups, PyObject* params, PyO
       if (param.slot > 0) {
         dlpack::Tensor view, grad_view;
         if (!read(object, &view) || address(view) != param.data || dtype_key(view) != param.dtype ||
-            view.ndim != static_cast<int32_t>(param.shape.size())) {
+            view.ndim != param.ndim) {
           return false;
         }
+        const int64_t* shape = layouts_.data() + param.layout;
+        const int64_t* strides = shape + param.ndim;
         for (int32_t d = 0; d < view.ndim; ++d) {
-          if (view.shape[d] != param.shape[d] || view.strides[d] != param.strides[d]) return false;
+          if (view.shape[d] != shape[d] || view.strides[d] != strides[d]) return false;
         }
         if (!needs_python) {
           if (!read(grad.get(), &grad_view) || dtype_key(grad_view) != param.grad_dtype ||
@@ -229,10 +260,16 @@ bool TensorWatch::state_unchanged(PyObject* state) const {
   while (PyDict_Next(state, &position, &key, &value)) {
     const StateEntry& entry = state_[index++];
     if (key != entry.key) return false;
-    for (int k = 0; k < 4; ++k) {
-      if (entry.tensors[k].weakref == nullptr) continue;
-      PyObject* tensor = PyDict_Check(value) ? PyDict_GetItem(value, str_state_[k]) : nullptr;
-      if (tensor == nullptr || !unchanged(entry.tensors[k], tensor, entry.readable)) return false;
+    if (!entry.watched) continue;
+    if (!PyDict_Check(value)) return false;
+    // Ours come first and in one order, as a rule: walking along is faster than looking names up.
+    PyObject *name = nullptr, *item = nullptr;
+    Py_ssize_t item_position = 0;
+    for (size_t k = entry.begin; k < entry.end; ++k) {
+      const StateItem& seen = state_items_[k];
+      if (!PyDict_Next(value, &item_position, &name, &item) || name != seen.key) item = PyDict_GetItem(value, seen.key);
+      if (item == nullptr || !is_target(seen.weakref, item)) return false;
+      if (seen.data != nullptr && data_of(item) != seen.data) return false;
     }
   }
   return true;

@@ -11,7 +11,6 @@ import inspect
 import io
 import itertools
 import math
-import mmap
 import pathlib
 import pickle
 import re
@@ -33,12 +32,12 @@ from tolerances import tolerance
 from torch.distributed.checkpoint import state_dict as dcp
 
 from adamw_kernels import FusedAdamW, backends, fused_adamw_
-from adamw_kernels.launch_table import LaunchPlan, TensorSpec
 
 # The interpreter computes with NumPy, which warns of NaN and of divisions by zero on masked lanes.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 NOT_TESTED_HERE: dict[int, str] = {
+    3: "tests/test_large.py updates tensors of 2^31 - 1, 2^31 + and 2^32 + elements on every path",
     37: "CUDA graph capture is a feature of its own: it needs a GPU, and tests of replay with new gradients and rates",
 }
 
@@ -195,63 +194,6 @@ def test_pitfall_02_empty_tensor_in_the_last_metadata_slot(path: Path) -> None:
     empty = {29, 30, 31, 35, 36, 37}
     params = [parameter(0 if i in empty else 1 + i % 5, device=path.device, seed=i) for i in range(91)]
     Judge(FusedAdamW(params, **HYPER)).step()
-
-
-# mmap has the name from Python 3.13 on; the number is Linux's. Address space alone does not count against its limits.
-MAP_NORESERVE = 0x4000
-
-
-def far_tensor(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor of zeros of which only the pages that are used cost memory; on a GPU all of it."""
-    if device.type == "cuda":
-        return torch.zeros(numel, dtype=dtype, device=device)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-    return torch.frombuffer(mmap.mmap(-1, numel * dtype.itemsize, flags=flags), dtype=dtype)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="address space without memory is asked for in Linux's way")
-@pytest.mark.parametrize("numel", [2**31 - 1, 2**31, 2**32 + 1], ids=["2^31-1", "2^31", "2^32+1"])
-def test_pitfall_03_more_than_two_to_the_31_elements(path: Path, numel: int) -> None:
-    """Elements beyond 2^31 and 2^32 are updated at their own place, down to the last.
-
-    The plan is the real one; only of its chunks the first, those around 2^31 and the last two are launched, so that
-    the test touches few of the pages.
-    """
-    if path.device.type == "cuda" and torch.cuda.mem_get_info(path.device)[0] < 13 * numel:
-        pytest.skip("not enough GPU memory")
-    if path.backend == "triton" and path.device == CPU and numel > 2**32:
-        pytest.skip("the interpreter takes a loop's int64 index for a 32-bit number; compiled code does not")
-    p, grad = (far_tensor(numel, torch.bfloat16, path.device) for _ in range(2))
-    m, v = (far_tensor(numel, torch.float32, path.device) for _ in range(2))
-    step = torch.zeros((), device=path.device)
-    spec = TensorSpec("p", p, torch.bfloat16, m, v, None, step, 0, amsgrad=False, maximize=False, decoupled=True)
-    plan = LaunchPlan([spec], 1, backends.choose)
-    (table,) = plan.tables
-    assert table.num_chunks == -(-numel // table.chunk_size)
-    assert table.num_chunks == len(table.chunks)
-    picked = {0, table.num_chunks - 2, table.num_chunks - 1}
-    picked |= {i for i in (2**31 // table.chunk_size - 1, 2**31 // table.chunk_size) if i < table.num_chunks}
-    table.chunks = table.chunks[sorted(picked)].clone()
-    table.num_chunks = len(picked)
-    table._struct[4], table._struct[6] = table.chunks.data_ptr(), len(picked)
-    table.batches = [type(table.batches[0])(torch.bfloat16, torch.bfloat16, 0, len(picked))]
-    if path.backend == "cuda":
-        table._batch_words[3] = len(picked)
-
-    touched = np.unique([e for e in (0, 1, 2**31 - 2, 2**31 - 1, 2**31, numel - 2, numel - 1) if e < numel])
-    where = torch.from_numpy(touched).to(path.device)
-    values = torch.linspace(-2, 2, len(touched)).to(path.device, torch.bfloat16)
-    p[where], grad[where] = values, values.flip(0)
-    twin = Twin(p[where])
-    twin.step(grad[where], dict(HYPER, amsgrad=False, maximize=False, decoupled_weight_decay=True))
-    plan.hypers.write_all([HYPER["lr"], *HYPER["betas"], HYPER["eps"], HYPER["weight_decay"]])
-    plan.write_grads([grad.data_ptr()])
-    plan.launch()
-    state = dict(exp_avg=m[where], exp_avg_sq=v[where], step=step)
-    twin.check(p[where], state, f"elements {touched.tolist()} of {numel}")
-    neighbours = where[where + 1 < numel] + 1
-    neighbours = neighbours[~torch.isin(neighbours, where)]
-    assert not p[neighbours].any() and not m[neighbours].any()
 
 
 @pytest.mark.slow

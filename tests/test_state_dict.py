@@ -452,6 +452,18 @@ def test_step_counts_in_any_form(device: torch.device, form: str) -> None:
         assert count.item() == 2, "the loaded tensor is the caller's"
 
 
+def test_one_step_count_for_all(path: Path) -> None:
+    """A tensor that stands for several parameters' counts is parted by the next step: each counts its own."""
+    opt, judge = (FusedAdamW(make_params(path.device), **HYPER) for _ in range(2))
+    gradients = Gradients()
+    train((opt, judge), gradients, 2)
+    count = opt.state[params_of(opt)[0]]["step"]
+    for entry in opt.state.values():
+        entry["step"] = count
+    train((opt, judge), gradients, 2)
+    assert_same_bits(opt, judge)
+
+
 @pytest.mark.parametrize(
     ("step", "message"),
     [
