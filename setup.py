@@ -59,8 +59,11 @@ def missing_tools() -> list[str]:
     return [f"cmake>={MIN_CMAKE[0]}.{MIN_CMAKE[1]}"]
 
 
+# CMake knows the sources; `depends` puts them into the source distribution.
+NATIVE = ["CMakeLists.txt", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir())]
+
 setup(
-    ext_modules=[Extension("adamw_kernels._C", sources=[])],
+    ext_modules=[Extension("adamw_kernels._C", sources=[], depends=NATIVE)],
     cmdclass={"build_ext": CMakeBuild},
     setup_requires=missing_tools(),
 )

@@ -208,8 +208,8 @@ class CpuBackend:
 
     name: ClassVar[str] = "cpu"
 
-    # Elements a chunk: few enough that a million of them split over 64 threads, enough that a chunk's own cost vanishes.
-    # On a large tensor nothing between 8 Ki and 1 Mi could be told from it.
+    # Elements a chunk: a million of them still split over 64 threads, and a chunk's own cost does not show. On a large
+    # tensor nothing between 8 Ki and 1 Mi could be told from it.
     chunk_size = 1 << 14
 
     def __init__(self) -> None:

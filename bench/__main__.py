@@ -1,4 +1,4 @@
-"""Command line: `python -m bench [list|throughput|host|plot]`; without a command: throughput, host and plot."""
+"""Command line: `python -m bench [list|throughput|host|accuracy|plot]`; without a command: all but list."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench import contenders, host, machine, roof, rows, throughput
+from bench import accuracy, contenders, host, machine, roof, rows, throughput
 from bench.cases import cases
 from bench.disturbance import NOTICEABLE_CORES
 from bench.machine import Environment
@@ -30,13 +30,14 @@ def main(arguments: list[str] | None = None) -> int:
         "list": [run_list],
         "throughput": [run_throughput],
         "host": [run_host],
+        "accuracy": [run_accuracy],
         "plot": [run_plot],
-        None: [run_throughput, run_host, run_plot],
+        None: [run_throughput, run_host, run_accuracy, run_plot],
     }
     environment = machine.environment(options.device)
     folder = options.results or machine.results_folder(environment.machine)
     try:
-        rows.check_headers(folder, rows.ThroughputRow, rows.RoofRow, rows.HostRow)
+        rows.check_headers(folder, rows.ThroughputRow, rows.RoofRow, rows.HostRow, rows.AccuracyRow)
     except rows.SchemaError as error:
         print(error, file=sys.stderr)
         return 1
@@ -72,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
         ("list", "cases, contenders and why some cannot run"),
         ("throughput", "time of a step and GB/s of every case"),
         ("host", "Python cost per tensor and allocations of a warm step"),
+        ("accuracy", "error of the weights against float64 AdamW"),
         ("plot", "figures from the rows"),
     ):
         commands.add_parser(name, help=summary, description=summary, parents=[shared])
@@ -118,6 +120,15 @@ def run_host(options: argparse.Namespace, environment: Environment, folder: Path
     return True
 
 
+def run_accuracy(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
+    """Measures how far float32 weights end from float64 AdamW."""
+    print(f"accuracy, {accuracy.STEPS} steps", flush=True)
+    result = accuracy.measure(options.device, only=options.contender)
+    rows.append(folder, environment, result)
+    report(result)
+    return True
+
+
 def run_plot(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
     """Draws the figures from the rows in the folder."""
     try:
@@ -145,7 +156,7 @@ def report(result: list[rows.Row]) -> None:
     """Prints rows, and a warning if others disturbed them."""
     for row in result:
         print(f"  {describe(row)}", flush=True)
-    other_cores = max((row.other_cores or 0.0 for row in result), default=0.0)
+    other_cores = max((getattr(row, "other_cores", None) or 0.0 for row in result), default=0.0)
     if other_cores > NOTICEABLE_CORES:
         print(f"  not quiet: other processes kept {other_cores:.2f} cores busy meanwhile", flush=True)
 
@@ -163,6 +174,9 @@ def describe(row: rows.Row) -> str:
             f"fit {row.ns_per_tensor:7.1f} ns/tensor + {row.fixed_us:6.1f} us  "
             f"{row.allocations} buffers, {row.new_tensors} new tensors"
         )
+    if isinstance(row, rows.AccuracyRow):
+        setting = f"lr {row.lr:g}, weight decay {row.weight_decay:g}, beta2 {row.beta2:g}"
+        return f"{row.contender:14} {setting:42} relative error {row.relative_error:.2e}"
     share = f"{row.pct_roof:5.1f} % of {row.roof_kernel}" if row.pct_roof is not None else ""
     speedup = f"{row.speedup:6.2f}x torch fused" if row.speedup is not None else ""
     return (

@@ -149,7 +149,34 @@ class HostRow:
     other_cores: float | None
 
 
-Row = ThroughputRow | RoofRow | HostRow
+@dataclass(frozen=True)
+class AccuracyRow:
+    """Error of float32 weights against float64 AdamW.
+
+    Attributes:
+        contender: Name of the optimizer.
+        lr: Learning rate.
+        weight_decay: Weight decay.
+        beta2: Decay of the second moment; the first's is 0.9.
+        steps: Steps taken.
+        weights: Number of weights.
+        weight_spread: Standard deviation of the weights at the start.
+        relative_error: Root-mean-square error of the weights over the mean distance moved (`accuracy.py`).
+    """
+
+    file: ClassVar[str] = "accuracy.csv"
+
+    contender: str
+    lr: float
+    weight_decay: float
+    beta2: float
+    steps: int
+    weights: int
+    weight_spread: float
+    relative_error: float
+
+
+Row = ThroughputRow | RoofRow | HostRow | AccuracyRow
 
 
 def columns(row_type: type[Row]) -> list[str]:
