@@ -33,6 +33,7 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             cmake,
+            "--fresh",  # an option of the last build must not linger in the cache
             "-S",
             str(ROOT),
             "-B",
@@ -42,7 +43,7 @@ class CMakeBuild(build_ext):
             "-DCMAKE_BUILD_TYPE=Release",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
-        if shutil.which("ninja") and not (build / "CMakeCache.txt").exists():
+        if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(build), "--parallel", "--target", "_C"], check=True)

@@ -84,7 +84,7 @@ def cpu_isas() -> list[str]:
 
 
 def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def why_not(backend: str, device: torch.device) -> str:
@@ -100,6 +100,8 @@ def why_not(backend: str, device: torch.device) -> str:
             return reason
         if device.type == "cpu" and not _interpreting():
             return "it needs a GPU (with TRITON_INTERPRET=1 set before the import, its interpreter runs on the CPU)"
+        if device.type == "cuda" and _interpreting():
+            return "TRITON_INTERPRET is set, and its interpreter cannot read a GPU's memory"
         return "" if device.type in ("cpu", "cuda") else f"it does not know devices of type {device.type!r}"
     if device.type != "cuda":
         return f"it updates tensors on NVIDIA GPUs, not on {device}"
@@ -122,6 +124,8 @@ def _has_code_for(architectures: str, capability: tuple[int, int]) -> bool:
     """
     for target in architectures.split():
         number, _, kind = target.partition("-")
+        if not any(c.isdigit() for c in number):
+            return True  # "native", "all": what was built then cannot be told from here; loading the kernels will tell
         major, minor = divmod(int("".join(c for c in number if c.isdigit())), 10)
         if kind != "virtual" and major == capability[0] and minor <= capability[1]:
             return True
@@ -242,9 +246,12 @@ class CudaBackend:
         native = native_module()
         assert native is not None, "choose() checks this"
         self._step = native.cuda_step
+        self._load = native.cuda_load
 
     def warm_up(self, table: LaunchTable) -> None:
-        """Nothing to do: the kernels are compiled."""
+        """Load every kernel that the table will launch; one that cannot run on this device or driver fails here."""
+        with torch.cuda.device(table.device):
+            self._load(table.batches_address, len(table.batches))
 
     def launch(self, table: LaunchTable) -> None:
         """Enqueue prepare and the updates on the current stream of the table's device."""

@@ -75,6 +75,7 @@ def check_param(name: str, param: torch.Tensor) -> None:
             f"{name} has shape {tuple(param.shape)} and strides {param.stride()}, which overlap or leave gaps; "
             "expected dense memory in any dimension order. Use `.contiguous()`."
         )
+    _check_memory(name, param)
     _check_alignment(name, param)
 
 
@@ -83,6 +84,21 @@ def _check_alignment(what: str, tensor: torch.Tensor) -> None:
         raise ValueError(
             f"{what} starts at an address that is no multiple of its {tensor.dtype.itemsize}-byte elements; "
             "expected an aligned tensor. Clone it."
+        )
+
+
+def _check_memory(what: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor whose storage was released or shrunk under it.
+
+    Raises:
+        ValueError: naming it, what it has and what it needs.
+    """
+    needed = (tensor.storage_offset() + tensor.numel()) * tensor.dtype.itemsize
+    present = tensor.untyped_storage().nbytes()
+    if tensor.numel() and (present < needed or tensor.data_ptr() == 0):
+        raise ValueError(
+            f"{what} needs {needed} bytes of memory and has {present}; expected allocated memory. Its storage was "
+            "released or resized (by an offloading hook?): restore it before the step."
         )
 
 
@@ -126,6 +142,8 @@ def check_grad(name: str, param: torch.Tensor, grad: torch.Tensor) -> None:
             f"the gradient of {name} has dtype {grad.dtype}; expected one of {_names(grad_dtypes(param.dtype))} beside "
             f"a {param.dtype} parameter. Cast the gradient."
         )
+    if same_layout(grad, param):
+        _check_memory(f"the gradient of {name}", grad)
 
 
 def check_state(name: str, key: str, param: torch.Tensor, value: torch.Tensor) -> None:
@@ -161,6 +179,7 @@ def check_state(name: str, key: str, param: torch.Tensor, value: torch.Tensor) -
             f"{key} of {name} has strides {value.stride()}, the parameter {param.stride()}; expected the same memory "
             "layout. Copy it into `torch.empty_like(param)`."
         )
+    _check_memory(f"{key} of {name}", value)
 
 
 def check_overlap(specs: Sequence[TensorSpec], grads: Sequence[torch.Tensor]) -> None:
@@ -223,6 +242,20 @@ def dense_grad(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
 def grad_address(grad: torch.Tensor) -> int:
     """What goes into a launch table for this gradient; never 0."""
     return grad.data_ptr() if grad.numel() else EMPTY_GRADIENT
+
+
+def refuse_capture() -> None:
+    """Raise while a CUDA graph is being captured: it would replay this step's addresses and host values for ever.
+
+    Raises:
+        RuntimeError: saying what to do instead.
+    """
+    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if initialized and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the optimizer step cannot be captured in a CUDA graph in this version of adamw_kernels. Capture forward "
+            "and backward, and call step() after each replay."
+        )
 
 
 def chooser(request: str) -> Callable[[torch.device], backends.Backend]:
@@ -294,6 +327,7 @@ def fused_adamw_(
         RuntimeError: sparse gradients; a backend that cannot run here.
         Nothing is written when an error is raised.
     """
+    refuse_capture()
     lists: dict[str, Sequence[Any]] = {
         "grads": grads,
         "exp_avgs": exp_avgs,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,11 @@ UPLOADS_IN_FLIGHT = 8
 
 HYPERPARAMETERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
 """The fields of a HyperRow, in order."""
+
+
+# Bounds of a float in each of these fields: low <= value < high. The widest finite ones where any value is accepted.
+_LOW = (-sys.float_info.max, 0.0, 0.0, 0.0, -sys.float_info.max)
+_HIGH = (math.inf, 1.0, 1.0, math.inf, math.inf)
 
 
 @dataclass(frozen=True)
@@ -156,18 +162,13 @@ class Upload:
         """Enqueue the copy on the current stream unless the device already has these words."""
         if self._slot >= 0 and torch.equal(self._pinned[self._slot], self._host):
             return
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "the launch table changed while a CUDA graph was being captured: the graph would replay this step's "
-                "addresses for ever. Take one step before the capture, with the gradients that the graph will write "
-                "(`zero_grad(set_to_none=False)` keeps them in place), and pass learning rates as GPU tensors."
-            )
-        self._slot = (self._slot + 1) % UPLOADS_IN_FLIGHT
-        self._arrived[self._slot].synchronize()
-        pinned = self._pinned[self._slot]
+        slot = (self._slot + 1) % UPLOADS_IN_FLIGHT
+        self._arrived[slot].synchronize()
+        pinned = self._pinned[slot]
         pinned.copy_(self._host)
         self.on_device.copy_(pinned, non_blocking=True)
-        self._arrived[self._slot].record(torch.cuda.current_stream(self.on_device.device))
+        self._arrived[slot].record(torch.cuda.current_stream(self.on_device.device))
+        self._slot = slot  # last: an interrupt before this line makes the next step send again
 
 
 class LaunchTable:
@@ -202,8 +203,6 @@ class LaunchTable:
                 spec.flags(),
             )
         self._row_words = array("q", words)
-        # Four bytes each: their memory is kept, so that nobody need read the steps' addresses again on every step.
-        self._steps = [spec.step.detach() for spec in specs]
         self.numel = sum(words[ROW_NUMEL::WORDS_PER_ROW])
 
         chunk_words, ends = cut_into_chunks(words[ROW_NUMEL::WORDS_PER_ROW], chunk_size)
@@ -218,7 +217,10 @@ class LaunchTable:
         self.rows, self.chunks = as_tensor(self._row_words), as_tensor(chunk_words)
         self.device_grads, self.hypers = as_tensor(self.grads), as_tensor(self._hyper_words)
         if device.type != "cpu":
-            self.rows, self.chunks = self.rows.to(device), self.chunks.to(device)
+            # From pinned memory, so that the host does not wait for the device.
+            self.rows, self.chunks = (
+                words.pin_memory().to(device, non_blocking=True) for words in (self.rows, self.chunks)
+            )
             self._uploads = (Upload(self.grads, device), Upload(self._hyper_words, device))
             self.device_grads, self.hypers = (upload.on_device for upload in self._uploads)
         self.coefficients = torch.empty(self.num_tensors * WORDS_PER_ROW, dtype=torch.int64, device=device)
@@ -240,6 +242,7 @@ class LaunchTable:
         for batch in self.batches:
             codes = DTYPE_CODES[batch.param_dtype], DTYPE_CODES[batch.grad_dtype]
             self._batch_words.extend((*codes, batch.begin, batch.end))
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self.address = self._struct.buffer_info()[0]
         self.batches_address = self._batch_words.buffer_info()[0]
 
@@ -261,6 +264,13 @@ class LaunchTable:
 
     def launch(self) -> None:
         """Run prepare and update for every tensor whose gradient address is not 0."""
+        if self._stream is not None:
+            stream = torch.cuda.current_stream(self.device)
+            if stream != self._stream:
+                # Freed, the table's memory must not be handed out while this other stream still reads it.
+                for tensor in (self.rows, self.chunks, self.device_grads, self.hypers, self.coefficients):
+                    tensor.record_stream(stream)
+                self._stream = stream
         for upload in self._uploads:
             upload.send()
         self.backend.launch(self)
@@ -311,11 +321,17 @@ class HyperparameterRows:
         before = self.written
         changed = [i for i, (new, old) in enumerate(zip(values, before, strict=True)) if new is not old]
         fields = len(HYPERPARAMETERS)
-        for group in sorted({i // fields for i in changed}):
+        # A scheduler changes every group on every step: floats within their bounds are told at a glance.
+        unusual = [
+            i for i in changed if type(values[i]) is not float or not _LOW[i % fields] <= values[i] < _HIGH[i % fields]
+        ]
+        for group in sorted({i // fields for i in unusual}):
             check_hyperparameters(
                 Hyperparameters(*values[group * fields : (group + 1) * fields]), f"param_groups[{group}]"
             )
-        if any(isinstance(values[i], torch.Tensor) or isinstance(before[i], torch.Tensor) for i in changed):
+        if any(isinstance(values[i], torch.Tensor) for i in unusual) or any(
+            isinstance(before[i], torch.Tensor) for i in changed
+        ):
             self.write_all(values)
             return
         self.written = [*values]

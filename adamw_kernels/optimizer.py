@@ -23,6 +23,7 @@ from adamw_kernels.functional import (
     local_grad,
     local_param,
     local_view,
+    refuse_capture,
 )
 from adamw_kernels.launch_table import Hyperparameters, LaunchPlan, TensorSpec, check_hyperparameters
 from adamw_kernels.tensor_watch import ALWAYS_ODD, NO_ROW, STATE_KEYS, TensorWatch, same_layout, watch_tensors
@@ -78,7 +79,8 @@ class FusedAdamW(Optimizer):
         amsgrad: divide by the running maximum of the second moment.
         maximize: ascend instead of descend.
         foreach: accepted; there is one implementation, and it handles all tensors at once.
-        capturable: accepted; there is one implementation, which never waits for the device.
+        capturable: accepted; there is one implementation, which never waits for the device. Capturing a step in a
+            CUDA graph is refused in this version.
         differentiable: must be False: the update is invisible to autograd.
         fused: None or True.
         decoupled: True: decay the weight (AdamW). False: add :math:`\lambda\theta` to the gradient (Adam with L2).
@@ -163,6 +165,7 @@ class FusedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        refuse_capture()
         sweep = self._sweep()
         if sweep is None:
             self._build()
@@ -231,6 +234,7 @@ class FusedAdamW(Optimizer):
 
     # --- building the plan ------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # the tables outlive this step, and inference tensors could not be written later
     @torch.no_grad()
     def _build(self) -> None:
         """Check everything, create missing state, and build the launch tables. No parameter is updated yet."""

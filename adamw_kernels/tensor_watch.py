@@ -1,7 +1,7 @@
 """The host's half of a warm step: read every gradient's address, and notice anything else that changed.
 
 The compiled module does this natively (`csrc/tensor_watch.cpp`); the class here is its twin for machines without
-it, several times slower and with the same answers. Neither keeps a tensor alive. State tensors are remembered by weak
+it, several times slower. Neither keeps a tensor alive. State tensors are remembered by weak
 reference, parameters by identity: `torch.utils.swap_tensors` (`module.to()` of DTensors) refuses a tensor that has weak
 references. A new parameter at an old one's address finds no state there, or fits in all else that is compared.
 """
@@ -58,8 +58,11 @@ def watch_tensors(
     exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     lists = all(isinstance(group["params"], list) for group in param_groups)  # what native code reads
     if native is not None and exchange is not None and lists:
-        watch: TensorWatch = native.TensorWatch(exchange, torch.Tensor, param_groups, state, slots, grad_dtypes)
-        return watch
+        try:
+            watch: TensorWatch = native.TensorWatch(exchange, torch.Tensor, param_groups, state, slots, grad_dtypes)
+            return watch
+        except ValueError:
+            pass  # a torch whose native entry points are others, or a tensor that DLPack cannot describe
     return PythonTensorWatch(param_groups, state, slots, grad_dtypes)
 
 
@@ -115,10 +118,9 @@ class PythonTensorWatch:
         self._state: list[tuple[int, list[tuple[str, _Seen]]]] = []
         for key, entry in state.items():
             slot = slot_of.get(id(key), NO_ROW)
-            watched = [name for name in STATE_KEYS if name in entry] if slot and isinstance(entry, dict) else []
-            # The launch table keeps the steps' memory; of a step only its identity counts.
-            seen = [(name, _Seen(entry[name], readable=slot > 0 and name != "step")) for name in watched]
-            self._state.append((id(key), seen))
+            ours = isinstance(entry, dict) and slot != NO_ROW
+            watched = [name for name in STATE_KEYS if ours and isinstance(entry.get(name), torch.Tensor)]
+            self._state.append((id(key), [(name, _Seen(entry[name], slot > 0)) for name in watched]))
 
     def sweep(self, param_groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> Sweep | None:
         """See `TensorWatch.sweep`."""

@@ -316,11 +316,12 @@ class TritonBackend:
     chunk_size = 4 * UPDATE_BLOCK
 
     def warm_up(self, table: LaunchTable) -> None:
-        """Compile every kernel that the table will launch; a kernel that cannot be compiled fails here."""
+        """Compile and load every kernel that the table will launch; one that cannot run on this device fails here."""
         if table.device.type == "cpu":
             return  # the interpreter compiles nothing
         with torch.cuda.device(table.device):
-            self._run(table, dry=True)
+            for compiled in self._run(table, dry=True):
+                _ = compiled.run  # loads the machine code, which compiling alone does not
 
     def launch(self, table: LaunchTable) -> None:
         """Enqueue prepare and one update a dtype combination on the current stream of the table's device."""
@@ -331,15 +332,18 @@ class TritonBackend:
                 self._run(table, dry=False)
 
     @staticmethod
-    def _run(table: LaunchTable, *, dry: bool) -> None:
+    def _run(table: LaunchTable, *, dry: bool) -> list[Any]:
+        """Launch the kernels or, if `dry`, only compile them; the compiled kernels."""
+        compiled: list[Any] = []
+
         def run(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
             if dry:
-                kernel.warmup(*arguments, grid=(programs,), **options, **COMPILE_OPTIONS)
+                compiled.append(kernel.warmup(*arguments, grid=(programs,), **options, **COMPILE_OPTIONS))
             else:
-                kernel[(programs,)](*arguments, **options, **COMPILE_OPTIONS)
+                compiled.append(kernel[(programs,)](*arguments, **options, **COMPILE_OPTIONS))
 
         if table.num_tensors == 0:
-            return
+            return compiled
         run(
             prepare_kernel,
             triton.cdiv(table.num_tensors, PREPARE_BLOCK),
@@ -366,6 +370,7 @@ class TritonBackend:
                 **update_constants(batch.param_dtype, batch.grad_dtype),
                 num_warps=UPDATE_WARPS,
             )
+        return compiled
 
 
 # The kernels read tables with literal offsets (Triton sees no Python objects); this ties them to the layout.

@@ -51,20 +51,27 @@ void step_on_cpu(int64_t table, int isa, int num_threads) {
 }
 
 #ifdef ADAMW_KERNELS_CUDA
+void throw_on(int error) {
+  if (error == 0) return;
+  throw std::runtime_error("CUDA kernels cannot be launched: " + std::string(cuda_error_string(error)) +
+                           " (cudaError_t " + std::to_string(error) + ")");
+}
+
 void step_on_cuda(int64_t table, int64_t batches, int64_t num_batches, int64_t stream) {
   if (table == 0) throw std::invalid_argument("table: address 0");
-  const int error =
-      cuda_step(reinterpret_cast<const void*>(table), reinterpret_cast<const CudaBatch*>(batches), num_batches, stream);
-  if (error != 0) {
-    throw std::runtime_error("CUDA launch failed: " + std::string(cuda_error_string(error)) + " (cudaError_t " +
-                             std::to_string(error) + ")");
-  }
+  const py::gil_scoped_release unlocked;  // a full launch queue makes the host wait
+  throw_on(cuda_step(reinterpret_cast<const void*>(table), reinterpret_cast<const CudaBatch*>(batches), num_batches,
+                     stream));
+}
+
+void load_on_cuda(int64_t batches, int64_t num_batches) {
+  throw_on(cuda_load(reinterpret_cast<const CudaBatch*>(batches), num_batches));
 }
 #endif
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of adamw_kernels: raw addresses in, no torch inside.";
 
   m.def("layout", &layout, "The launch table's layout: sizes in bytes, flag bits and dtype codes.");
@@ -83,6 +90,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.attr("cuda_architectures") = ADAMW_KERNELS_CUDA;
   m.def("cuda_step", &step_on_cuda, py::arg("table"), py::arg("batches"), py::arg("num_batches"), py::arg("stream"),
         "One step over the launch table at host address `table`, asynchronous on `stream`, a cudaStream_t.");
+  m.def("cuda_load", &load_on_cuda, py::arg("batches"), py::arg("num_batches"),
+        "Loads every kernel that these batches launch; throws where one cannot run on the current device.");
 #else
   m.attr("cuda_architectures") = "";
 #endif

@@ -29,7 +29,11 @@ void update_elements(const Chunk& chunk) {
   T* v = reinterpret_cast<T*>(chunk.row->exp_avg_sq);
   T* v_max = reinterpret_cast<T*>(chunk.row->max_exp_avg_sq);
   const Coefficients<T> c = *static_cast<const Coefficients<T>*>(chunk.coefficients);
+#ifdef __clang__
+#pragma clang loop vectorize(assume_safety)
+#else
 #pragma GCC ivdep
+#endif
   for (int64_t i = chunk.begin; i < chunk.end; ++i) {
     // All loads before the first store: the four arrays often lie a multiple of 4 KiB apart, and a load behind a
     // store to the same offset in another page would wait for it.

@@ -1,4 +1,4 @@
-// What an ISA's object file offers to cpu.cpp: two plain loops. C linkage names would clash between the
+// What an ISA's object file offers to cpu.cpp: two plain loops. External names would clash between the
 // three objects, so each exports one table of function pointers.
 #pragma once
 

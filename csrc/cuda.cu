@@ -209,6 +209,15 @@ int cuda_step(const void* table_address, const CudaBatch* batches, int64_t num_b
   return error;
 }
 
+int cuda_load(const CudaBatch* batches, int64_t num_batches) {
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaFuncGetAttributes(&attributes, prepare_kernel);
+  for (int64_t i = 0; i < num_batches && error == cudaSuccess; ++i) {
+    error = cudaFuncGetAttributes(&attributes, kUpdateKernels[batches[i].param_dtype][batches[i].grad_dtype]);
+  }
+  return error;
+}
+
 const char* cuda_error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 }  // namespace adamw_kernels

@@ -17,6 +17,9 @@ struct CudaBatch {
 // cudaStream_t) of the current device. Returns a cudaError_t; 0 is success.
 int cuda_step(const void* table, const CudaBatch* batches, int64_t num_batches, int64_t stream);
 
+// Loads every kernel that these batches launch, without launching any. Returns a cudaError_t.
+int cuda_load(const CudaBatch* batches, int64_t num_batches);
+
 const char* cuda_error_string(int error);
 
 }  // namespace adamw_kernels

@@ -14,11 +14,6 @@ class Ref {
   Ref(const Ref&) = delete;
   Ref& operator=(const Ref&) = delete;
   PyObject* get() const { return object_; }
-  PyObject* release() {
-    PyObject* object = object_;
-    object_ = nullptr;
-    return object;
-  }
   explicit operator bool() const { return object_ != nullptr; }
 
  private:
@@ -84,6 +79,18 @@ TensorWatch::TensorWatch(PyObject* exchange_capsule, PyObject* tensor_type, PyOb
       str_grad_(PyUnicode_InternFromString("grad")),
       str_params_(PyUnicode_InternFromString("params")),
       str_is_neg_(PyUnicode_InternFromString("is_neg")) {
+  try {
+    check(exchange_capsule, slots, grad_dtypes);
+    snapshot(param_groups, state, slots, grad_dtypes);
+  } catch (...) {
+    release();  // a destructor does not run for an object that was never finished
+    throw;
+  }
+}
+
+void TensorWatch::check(PyObject* exchange_capsule, const std::vector<int64_t>& slots,
+                        const std::vector<int64_t>& grad_dtypes) {
+  if (slots.size() != grad_dtypes.size()) throw std::invalid_argument("as many grad_dtypes as slots are needed");
   api_ = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(exchange_capsule, dlpack::kCapsuleName));
   if (api_ == nullptr) {
     PyErr_Clear();
@@ -94,7 +101,7 @@ TensorWatch::TensorWatch(PyObject* exchange_capsule, PyObject* tensor_type, PyOb
                                 std::to_string(api_->header.version.major));
   }
 
-  const Ref descriptor(PyObject_GetAttrString(tensor_type, "data_ptr"));
+  const Ref descriptor(PyObject_GetAttrString(reinterpret_cast<PyObject*>(tensor_type_), "data_ptr"));
   if (!descriptor || Py_TYPE(descriptor.get()) != &PyMethodDescr_Type) {
     PyErr_Clear();
     throw std::invalid_argument("Tensor.data_ptr is not a native method");
@@ -102,12 +109,15 @@ TensorWatch::TensorWatch(PyObject* exchange_capsule, PyObject* tensor_type, PyOb
   const PyMethodDef& method = *reinterpret_cast<PyMethodDescrObject*>(descriptor.get())->d_method;
   if (method.ml_flags != METH_NOARGS) throw std::invalid_argument("Tensor.data_ptr takes arguments");
   data_ptr_ = method.ml_meth;
-  grad_descriptor_ = PyObject_GetAttr(tensor_type, str_grad_);
+  grad_descriptor_ = PyObject_GetAttr(reinterpret_cast<PyObject*>(tensor_type_), str_grad_);
   if (grad_descriptor_ == nullptr || Py_TYPE(grad_descriptor_) != &PyGetSetDescr_Type) {
     PyErr_Clear();
     throw std::invalid_argument("Tensor.grad is not a native property");
   }
+}
 
+void TensorWatch::snapshot(PyObject* param_groups, PyObject* state, const std::vector<int64_t>& slots,
+                           const std::vector<int64_t>& grad_dtypes) {
   std::unordered_map<PyObject*, const Param*> by_object;
   params_.reserve(slots.size());  // by_object points into it
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups); ++g) {
@@ -153,9 +163,10 @@ TensorWatch::TensorWatch(PyObject* exchange_capsule, PyObject* tensor_type, PyOb
     PyObject *name, *item;
     Py_ssize_t item_position = 0;
     while (entry.watched && PyDict_Next(value, &item_position, &name, &item)) {
-      if (!is_state_name(name)) continue;
+      // None or a number under one of our names: not in use, or the table could not have been built.
+      if (!is_state_name(name) || !PyObject_TypeCheck(item, tensor_type_)) continue;
       StateItem seen;
-      if (found->second->slot > 0 && PyUnicode_CompareWithASCIIString(name, "step") != 0) seen.data = data_of(item);
+      if (found->second->slot > 0) seen.data = data_of(item);
       seen.weakref = PyWeakref_NewRef(item, nullptr);
       if (seen.weakref == nullptr) {
         PyErr_Clear();
@@ -169,7 +180,9 @@ TensorWatch::TensorWatch(PyObject* exchange_capsule, PyObject* tensor_type, PyOb
   }
 }
 
-TensorWatch::~TensorWatch() {
+TensorWatch::~TensorWatch() { release(); }
+
+void TensorWatch::release() {
   for (StateItem& seen : state_items_) {
     Py_DECREF(seen.key);
     Py_DECREF(seen.weakref);
@@ -192,7 +205,8 @@ bool TensorWatch::params_unchanged(PyObject* param_groups, PyObject* params, PyO
     for (Py_ssize_t i = 0; i < group_sizes_[g]; ++i, ++index) {
       if (PyList_GET_SIZE(list) != group_sizes_[g]) return false;  // reading .grad may run anybody's code
       const Param& param = params_[index];
-      PyObject* object = PyList_GET_ITEM(list, i);
+      const Ref held(Py_NewRef(PyList_GET_ITEM(list, i)));  // for the same reason
+      PyObject* object = held.get();
       if (object != param.object) return false;
       const Ref grad(grad_of(param, object));
       if (!grad) return false;

@@ -53,9 +53,7 @@ class TensorWatch {
   struct StateItem {              // one tensor of a parameter's state
     PyObject* key = nullptr;      // owned
     PyObject* weakref = nullptr;  // owned
-    // nullptr where only the tensor's identity counts: DTensor, complex, empty, and step, whose memory the launch table
-    // keeps (reading an address costs some 40 ns, a sixth of what a parameter costs).
-    void* data = nullptr;
+    void* data = nullptr;         // nullptr where only the tensor's identity counts (DTensor, complex, empty)
   };
   struct StateEntry {
     PyObject* key = nullptr;  // borrowed, compared only
@@ -63,17 +61,21 @@ class TensorWatch {
     size_t begin = 0, end = 0;  // its items in state_items_
   };
 
+  void check(PyObject* exchange_capsule, const std::vector<int64_t>& slots, const std::vector<int64_t>& grad_dtypes);
+  void snapshot(PyObject* param_groups, PyObject* state, const std::vector<int64_t>& slots,
+                const std::vector<int64_t>& grad_dtypes);
+  void release();
   bool read(PyObject* tensor, dlpack::Tensor* out) const;
   void* data_of(PyObject* tensor) const;
   PyObject* grad_of(const Param& param, PyObject* object) const;
   bool params_unchanged(PyObject* param_groups, PyObject* params, PyObject* grads, PyObject* odd) const;
   bool state_unchanged(PyObject* state) const;
 
-  const dlpack::ExchangeApi* api_;
+  const dlpack::ExchangeApi* api_ = nullptr;
   PyTypeObject* tensor_type_;
   // Tensor.data_ptr and Tensor.grad, called without the interpreter's look-ups.
-  PyCFunction data_ptr_;
-  PyObject* grad_descriptor_;  // owned
+  PyCFunction data_ptr_ = nullptr;
+  PyObject* grad_descriptor_ = nullptr;  // owned
   std::vector<int64_t> group_sizes_;
   std::vector<Param> params_;
   std::vector<int64_t> layouts_;

@@ -14,7 +14,7 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
-from adamw_kernels import backends  # noqa: E402
+from adamw_kernels import backends, triton_kernels  # noqa: E402, F401  # now, whatever tests do to the variable later
 
 CPU = torch.device("cpu")
 

@@ -64,6 +64,7 @@ def fake_native(**attributes: Any) -> types.SimpleNamespace:
         cpu_isas=lambda: [("baseline", True), ("avx2", False)],
         cpu_step=None,
         cuda_step=None,
+        cuda_load=None,
         cuda_architectures="80-real 90-real 120",
         cuda_build="built with nvcc 13.0 for 80-real 90-real 120",
     )
@@ -390,6 +391,7 @@ def test_why_not_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_why_not_triton_of_this_version(monkeypatch: pytest.MonkeyPatch, version: str, reason: str) -> None:
     """Triton must be new enough; the survey shows the version or the reason."""
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert why_not("triton", CUDA) == reason
     assert survey()["versions"]["triton"] == (reason or version)
 
@@ -426,7 +428,11 @@ def test_why_not_triton_that_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """On GPUs "auto" takes Triton, else CUDA, else it is an error with the reason for each."""
     pretend_gpu(monkeypatch, fake_native())
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert choose(CUDA).name == "triton"
+    with monkeypatch.context() as interpreting:  # the interpreter would take a GPU's addresses for the host's
+        interpreting.setenv("TRITON_INTERPRET", "1")
+        assert choose(CUDA).name == "cuda"
     monkeypatch.setitem(sys.modules, "triton", None)
     backends._load_triton.cache_clear()
     assert choose(CUDA).name == "cuda"

@@ -132,6 +132,7 @@ CHANGES: dict[str, Callable[[Any, torch.device], Any]] = {
         exp_avg=opt.state[parameter(opt, 0)]["exp_avg"].t()
     ),
     "moment-in-other-memory": lambda opt, d: change_memory(opt.state[parameter(opt, 0)]["exp_avg"], torch.clone),
+    "step-in-other-memory": lambda opt, d: change_memory(opt.state[parameter(opt, 0)]["step"], torch.clone),
     "maximize-toggled": lambda opt, d: opt.param_groups[0].update(maximize=True),
     "amsgrad-switched-off": lambda opt, d: opt.param_groups[1].update(amsgrad=False),
     "decay-toggled": lambda opt, d: opt.param_groups[0].update(decoupled_weight_decay=False),
@@ -1030,3 +1031,52 @@ def test_dtensor_checkpoints(mesh: Any, source: str) -> None:
         assert [name for name, _ in got] == [name for name, _ in expected]
         for (name, a), (_, b) in zip(got, expected, strict=True):
             assert_close(a, b, "host_logic_in_float64", name)
+
+
+def test_steps_moved_into_shared_memory(watch: str) -> None:
+    """Sending steps to another process moves their memory in place; the table follows."""
+    params = make_params(CPU, torch.float32)
+    opt = FusedAdamW(params, **HYPER)
+    for taken in range(1, 6):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        opt.step()
+        for p in params:
+            assert opt.state[p]["step"].item() == taken
+            opt.state[p]["step"].share_memory_()
+
+
+@pytest.mark.parametrize("value", [None, 1.5], ids=str)
+def test_a_state_entry_that_is_no_tensor_and_not_in_use(device: torch.device, watch: str, value: float | None) -> None:
+    """What stands under the name of the running maximum is nobody's business without AMSGrad."""
+    params = make_params(device, torch.float32)
+    opt = FusedAdamW(params, **HYPER)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    for p in params:
+        opt.state[p]["max_exp_avg_sq"] = value
+    params[0].grad = None
+    opt._plan = None
+    if value is None:
+        opt.step()
+        assert [opt.state[p]["step"].item() for p in params] == [1.0, 2.0, 2.0]
+    else:
+        with pytest.raises(TypeError, match="max_exp_avg_sq of .* is float"):
+            opt.step()
+
+
+@pytest.mark.parametrize("which", ["param", "exp_avg"])
+def test_released_storage_is_an_error(device: torch.device, watch: str, which: str) -> None:
+    """A tensor whose memory an offloading hook released is named, and nothing is written."""
+    params = make_params(device, torch.float32)
+    opt = FusedAdamW(params, **HYPER)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    before = params[1].detach().clone()
+    released = params[0] if which == "param" else opt.state[params[0]]["exp_avg"]
+    released.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="bytes of memory"):
+        opt.step()
+    assert torch.equal(params[1], before)

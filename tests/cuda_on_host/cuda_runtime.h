@@ -19,6 +19,13 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaError
 
 inline const char* cudaGetErrorString(cudaError_t) { return "an error of the CUDA stand-in"; }
 
+struct cudaFuncAttributes {};
+
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel* kernel) {
+  return kernel != nullptr ? cudaSuccess : cudaErrorInvalidDeviceFunction;
+}
+
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
