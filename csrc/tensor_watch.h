@@ -40,6 +40,7 @@ class TensorWatch {
  private:
   struct Param {
     PyObject* object = nullptr;  // borrowed, compared only
+    const void* hint = nullptr;  // see prefetch()
     void* data = nullptr;
     int64_t slot = 0;
     int64_t numel = 0;
@@ -52,6 +53,8 @@ class TensorWatch {
   };
   struct StateItem {              // one tensor of a parameter's state
     PyObject* key = nullptr;      // owned
+    PyObject* object = nullptr;   // borrowed, a hint like the next
+    const void* hint = nullptr;   // see prefetch()
     PyObject* weakref = nullptr;  // owned
     void* data = nullptr;         // nullptr where only the tensor's identity counts (DTensor, complex, empty)
   };
