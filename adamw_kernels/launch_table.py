@@ -203,7 +203,6 @@ class LaunchTable:
                 spec.flags(),
             )
         self._row_words = array("q", words)
-        self.numel = sum(words[ROW_NUMEL::WORDS_PER_ROW])
 
         chunk_words, ends = cut_into_chunks(words[ROW_NUMEL::WORDS_PER_ROW], chunk_size)
         self.num_chunks = len(chunk_words)
