@@ -35,11 +35,11 @@ class Backend(Protocol):
     name: ClassVar[str]
     chunk_size: int
 
-    def warm_up(self, table: LaunchTable) -> None:
-        """Do whatever may fail before the first launch, without touching any tensor."""
+    def warm_up(self, table: LaunchTable, stages: int) -> None:
+        """Do whatever may fail before these stages' first launch, without touching any tensor."""
 
-    def launch(self, table: LaunchTable) -> None:
-        """Prepare and update every tensor of the table whose gradient address is not 0."""
+    def launch(self, table: LaunchTable, stages: int) -> None:
+        """Run these stages of a step (MEASURE, DECIDE, UPDATE) on the table."""
 
 
 # --- what exists -----------------------------------------------------------------------------------------------------
@@ -225,12 +225,12 @@ class CpuBackend:
         self._isa_index = names.index(self.isa)
         self._step = native.cpu_step
 
-    def warm_up(self, table: LaunchTable) -> None:
+    def warm_up(self, table: LaunchTable, stages: int) -> None:
         """Nothing to do: the kernels are compiled."""
 
-    def launch(self, table: LaunchTable) -> None:
-        """One call; returns when the step is done."""
-        self._step(table.address, self._isa_index, torch.get_num_threads())
+    def launch(self, table: LaunchTable, stages: int) -> None:
+        """One call; returns when the stages are done."""
+        self._step(table.address, stages, self._isa_index, torch.get_num_threads())
 
 
 class CudaBackend:
@@ -248,16 +248,16 @@ class CudaBackend:
         self._step = native.cuda_step
         self._load = native.cuda_load
 
-    def warm_up(self, table: LaunchTable) -> None:
+    def warm_up(self, table: LaunchTable, stages: int) -> None:
         """Load every kernel that the table will launch; one that cannot run on this device or driver fails here."""
         with torch.cuda.device(table.device):
             self._load(table.batches_address, len(table.batches))
 
-    def launch(self, table: LaunchTable) -> None:
-        """Enqueue prepare and the updates on the current stream of the table's device."""
+    def launch(self, table: LaunchTable, stages: int) -> None:
+        """Enqueue the stages on the current stream of the table's device."""
         with torch.cuda.device(table.device):
             stream = torch.cuda.current_stream(table.device).cuda_stream
-            self._step(table.address, table.batches_address, len(table.batches), stream)
+            self._step(table.address, stages, table.batches_address, len(table.batches), stream)
 
 
 # --- what it says ---------------------------------------------------------------------------------------------------

@@ -39,3 +39,30 @@ def moment_like(param: torch.Tensor) -> torch.Tensor:
     """A zero moment for `param`: its shape, device and layout, in `moment_dtype`."""
     dtype = moment_dtype(param.dtype)
     return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+
+
+EMA_FORMATS = ("float32", "bfloat16")
+"""How an average of the weights is kept: exactly as the moments are, or in bfloat16, rounded stochastically."""
+
+
+def ema_dtype(param_dtype: torch.dtype, ema_format: str) -> torch.dtype:
+    """Dtype of the average of a parameter's weights: bfloat16, or that of its moments."""
+    return torch.bfloat16 if ema_format == "bfloat16" else moment_dtype(param_dtype)
+
+
+def _mix(z: int) -> int:
+    """splitmix64's finalizer, as in csrc/philox.h."""
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
+def random_stream(seed: int, tensor: int) -> int:
+    """What tells the random bits of one tensor from another's: an int64; *prepare* makes a step's key of it.
+
+    Args:
+        seed: of the optimizer.
+        tensor: the parameter's position over all groups.
+    """
+    stream = _mix((seed + 0x9E3779B97F4A7C15 * (tensor + 1)) % 2**64)
+    return stream - 2**64 if stream >= 2**63 else stream

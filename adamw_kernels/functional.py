@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from adamw_kernels import backends
+from adamw_kernels.control import NormDomain, StepControl, shard_groups
 from adamw_kernels.formats import DTYPE_CODES, compute_dtype, grad_dtypes
-from adamw_kernels.launch_table import Hyperparameters, LaunchPlan, TensorSpec, check_hyperparameters
+from adamw_kernels.hyperparameters import Hyperparameters, check_hyperparameters
+from adamw_kernels.launch_table import LaunchPlan, TensorSpec
 from adamw_kernels.tensor_watch import EMPTY_GRADIENT, same_layout
 
 # --- what a tensor may be -------------------------------------------------------------------------------------------
@@ -70,7 +72,7 @@ def check_param(name: str, param: torch.Tensor) -> None:
         )
     if param.is_neg():
         raise ValueError(f"{name} is a lazily negated view; expected plain memory. Use `.resolve_neg()`.")
-    if not _is_dense(param):
+    if not is_dense(param):
         raise ValueError(
             f"{name} has shape {tuple(param.shape)} and strides {param.stride()}, which overlap or leave gaps; "
             "expected dense memory in any dimension order. Use `.contiguous()`."
@@ -102,7 +104,7 @@ def _check_memory(what: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
+def is_dense(tensor: torch.Tensor) -> bool:
     """True if the elements fill one range of memory, each once: contiguous, channels_last, transposed."""
     if tensor.is_contiguous() or tensor.numel() == 0:
         return True
@@ -162,7 +164,7 @@ def check_state(name: str, key: str, param: torch.Tensor, value: torch.Tensor) -
             f"{key} of {name} has layout {value.layout}; expected a strided tensor. Make it dense with `.to_dense()`."
         )
     expected = torch.float32 if key == "step" else compute_dtype(param.dtype)
-    if value.dtype != expected:
+    if value.dtype != expected and not (key == "param_ema" and value.dtype == torch.bfloat16):
         raise TypeError(f"{key} of {name} has dtype {value.dtype}; expected {expected}. Cast it.")
     _check_alignment(f"{key} of {name}", value)
     if key == "step":
@@ -202,6 +204,8 @@ def check_overlap(specs: Sequence[TensorSpec], grads: Sequence[torch.Tensor]) ->
         ]
         if spec.max_exp_avg_sq is not None:
             written.append((spec.max_exp_avg_sq, f"max_exp_avg_sq of {spec.name}"))
+        if spec.ema is not None:
+            written.append((spec.ema, f"param_ema of {spec.name}"))
         for tensor, what in written:
             start = tensor.data_ptr()
             if tensor.numel():
@@ -244,18 +248,10 @@ def grad_address(grad: torch.Tensor) -> int:
     return grad.data_ptr() if grad.numel() else EMPTY_GRADIENT
 
 
-def refuse_capture() -> None:
-    """Raise while a CUDA graph is being captured: it would replay this step's addresses and host values for ever.
-
-    Raises:
-        RuntimeError: saying what to do instead.
-    """
+def is_capturing() -> bool:
+    """Whether the current stream is being captured in a CUDA graph."""
     initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    if initialized and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "the optimizer step cannot be captured in a CUDA graph in this version of adamw_kernels. Capture forward "
-            "and backward, and call step() after each replay."
-        )
+    return bool(initialized and torch.cuda.is_current_stream_capturing())
 
 
 def chooser(request: str) -> Callable[[torch.device], backends.Backend]:
@@ -283,6 +279,11 @@ def fused_adamw_(
     amsgrad: bool = False,
     maximize: bool = False,
     decoupled: bool = True,
+    cautious: bool = False,
+    cautious_weight_decay: bool = False,
+    max_grad_norm: float | torch.Tensor | None = None,
+    grad_scale: torch.Tensor | None = None,
+    found_inf: torch.Tensor | None = None,
     backend: str = "auto",
     chunk_size: int | None = None,
 ) -> None:
@@ -318,16 +319,29 @@ def fused_adamw_(
         amsgrad: divide by the running maximum of the second moment.
         maximize: ascend instead of descend.
         decoupled: True: decay the weight (AdamW). False: add :math:`\lambda\theta` to the gradient (Adam with L2).
+        cautious: no update of an element where first moment and gradient disagree in sign (Liang et al., Cautious
+            Optimizers, 2024; without their rescaling by the mean of the mask).
+        cautious_weight_decay: no decay of an element where it and the update disagree in sign (Chen et al., Cautious
+            Weight Decay, 2025).
+        max_grad_norm: gradients enter multiplied by min(1, max_grad_norm / (norm + 1e-6)), their joint 2-norm; they
+            are not written.
+        grad_scale: one element: gradients are this many times too large.
+        found_inf: one element: if not zero, or NaN, nothing is written.
         backend: "auto", "cpu", "triton" or "cuda".
         chunk_size: elements a chunk, a multiple of 16; the result does not depend on it.
 
     Raises:
         ValueError: lists of different lengths, shapes, devices, layouts or hyperparameters that do not fit.
         TypeError: dtypes that do not fit.
-        RuntimeError: sparse gradients; a backend that cannot run here.
+        RuntimeError: sparse gradients; a backend that cannot run here; a CUDA graph is being captured (building the
+            launch table cannot be; :class:`FusedAdamW` keeps one, and can).
         Nothing is written when an error is raised.
     """
-    refuse_capture()
+    if is_capturing():
+        raise RuntimeError(
+            "fused_adamw_ builds its launch table on each call, which cannot be captured in a CUDA graph. FusedAdamW "
+            "keeps its table: after one eager step, its step() can be captured."
+        )
     lists: dict[str, Sequence[Any]] = {
         "grads": grads,
         "exp_avgs": exp_avgs,
@@ -339,7 +353,7 @@ def fused_adamw_(
     for key, values in lists.items():
         if len(values) != len(params):
             raise ValueError(f"{key} has {len(values)} entries, params has {len(params)}; expected as many")
-    hyper = Hyperparameters(lr, beta1, beta2, eps, weight_decay)
+    hyper = Hyperparameters(lr, beta1, beta2, eps, weight_decay, max_grad_norm)
     check_hyperparameters(hyper, "fused_adamw_")
     backends.check_name(backend, f"backend={backend!r}")
 
@@ -372,12 +386,21 @@ def fused_adamw_(
                 amsgrad=amsgrad,
                 maximize=maximize,
                 decoupled=decoupled,
+                cautious=cautious,
+                cautious_decay=cautious_weight_decay,
+                clip=max_grad_norm is not None,
+                domain=NormDomain(0, shard_groups(param, None)),
             )
         )
         dense_grads.append(dense_grad(p, g))
     check_overlap(specs, dense_grads)
-    plan = LaunchPlan(specs, 1, chooser(backend), chunk_size)
-    plan.hypers.write_all([lr, beta1, beta2, eps, weight_decay])
+    signalled = grad_scale is not None or found_inf is not None
+    measures = max_grad_norm is not None
+    control = StepControl(measures=measures) if measures or signalled else None
+    plan = LaunchPlan(specs, 1, chooser(backend), chunk_size, control)
+    plan.hypers.write_all(hyper)
     plan.write_grads([grad_address(g) for g in dense_grads])
+    if control is not None:
+        control.signal(grad_scale, found_inf)
     torch.autograd.graph.increment_version([*params])
     plan.launch()

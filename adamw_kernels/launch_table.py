@@ -6,51 +6,79 @@ changed, the groups' hyperparameters; nothing else is sent again. The structs ar
 
 from __future__ import annotations
 
-import math
-import numbers
-import sys
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from adamw_kernels.control import DECISION_NORMS, SIGNALS, NormDomain, StepControl, Verdict, add_up
 from adamw_kernels.formats import DTYPE_CODES
+from adamw_kernels.hyperparameters import FROM_FLOAT32, FROM_FLOAT64, WORDS_PER_HYPER_ROW, HyperparameterRows
 
 if TYPE_CHECKING:
     from adamw_kernels.backends import Backend
 
 # --- the layout, as csrc/launch_table.h declares it ---------------------------------------------------------------
 
-WORDS_PER_ROW = 8  # int64 words of a TensorRow, a HyperRow and a coefficient row alike
+WORDS_PER_ROW = 16  # int64 words of a TensorRow
 ROW_PARAM, ROW_EXP_AVG, ROW_EXP_AVG_SQ, ROW_MAX_EXP_AVG_SQ, ROW_STEP, ROW_NUMEL, ROW_HYPER, ROW_FLAGS = range(8)
-HYPER_SOURCE = 5  # word of a HyperRow that says, two bits a field, what each field holds
-FROM_VALUE, FROM_FLOAT32, FROM_FLOAT64 = range(3)
+ROW_EMA, ROW_NORM, ROW_RANDOM_STREAM = range(8, 11)
+COEFFICIENT_ROW_BYTES = 128
+KEY_OFFSET = 120  # bytes into a coefficient row
 
 AMSGRAD = 1
 MAXIMIZE = 2
 L2 = 4
 FLOAT64 = 8
+CAUTIOUS = 16
+CAUTIOUS_DECAY = 32
+CLIP = 64
+EMA = 128
 PARAM_DTYPE_SHIFT = 8
 GRAD_DTYPE_SHIFT = 12
+EMA_BFLOAT16 = 1 << 16
+EMA_WARMUP = 1 << 17
 CHUNK_TENSOR_SHIFT = 32
+
+# The shape of the sum behind a gradient norm: part of the arithmetic, unlike the chunks of an update.
+NORM_CHUNK = 1 << 14
+NORM_LANES = 1 << 10
+WORDS_PER_DOMAIN = 4
+
+MEASURE, DECIDE, UPDATE = 1, 2, 4  # stages of a step
 
 LAYOUT: dict[str, Any] = {
     "tensor_row_bytes": 8 * WORDS_PER_ROW,
-    "hyper_row_bytes": 8 * WORDS_PER_ROW,
-    "coefficient_row_bytes": 8 * WORDS_PER_ROW,
-    "launch_table_bytes": 64,
+    "hyper_row_bytes": 8 * WORDS_PER_HYPER_ROW,
+    "coefficient_row_bytes": COEFFICIENT_ROW_BYTES,
+    "launch_table_bytes": 128,
     "amsgrad": AMSGRAD,
     "maximize": MAXIMIZE,
     "l2": L2,
     "float64": FLOAT64,
+    "cautious": CAUTIOUS,
+    "cautious_decay": CAUTIOUS_DECAY,
+    "clip": CLIP,
+    "ema": EMA,
+    "ema_bfloat16": EMA_BFLOAT16,
+    "ema_warmup": EMA_WARMUP,
     "param_dtype_shift": PARAM_DTYPE_SHIFT,
     "grad_dtype_shift": GRAD_DTYPE_SHIFT,
     "dtype_codes": tuple(DTYPE_CODES.values()),
     "from_float32": FROM_FLOAT32,
     "from_float64": FROM_FLOAT64,
     "chunk_tensor_shift": CHUNK_TENSOR_SHIFT,
+    "key_offset": KEY_OFFSET,
+    "norm_chunk": NORM_CHUNK,
+    "norm_lanes": NORM_LANES,
+    "norm_domain_bytes": 8 * WORDS_PER_DOMAIN,
+    "signals_bytes": 8 * SIGNALS,
+    "decision_norms_offset": 8 * DECISION_NORMS,
+    "measure": MEASURE,
+    "decide": DECIDE,
+    "update": UPDATE,
 }
 """Compared with `_C.layout()` when the compiled module is loaded: a stale build is refused."""
 
@@ -62,25 +90,6 @@ MAX_CHUNKS = 1 << 20
 
 # Host copies of a table in flight before the host waits for the oldest one to arrive.
 UPLOADS_IN_FLIGHT = 8
-
-HYPERPARAMETERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
-"""The fields of a HyperRow, in order."""
-
-
-# Bounds of a float in each of these fields: low <= value < high. The widest finite ones where any value is accepted.
-_LOW = (-sys.float_info.max, 0.0, 0.0, 0.0, -sys.float_info.max)
-_HIGH = (math.inf, 1.0, 1.0, math.inf, math.inf)
-
-
-@dataclass(frozen=True)
-class Hyperparameters:
-    """One parameter group's hyperparameters: Python floats or one-element tensors."""
-
-    lr: float | torch.Tensor
-    beta1: float | torch.Tensor
-    beta2: float | torch.Tensor
-    eps: float | torch.Tensor
-    weight_decay: float | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -95,9 +104,16 @@ class TensorSpec:
     max_exp_avg_sq: torch.Tensor | None
     step: torch.Tensor
     hyper: int
-    amsgrad: bool
-    maximize: bool
-    decoupled: bool
+    amsgrad: bool = False
+    maximize: bool = False
+    decoupled: bool = True
+    cautious: bool = False
+    cautious_decay: bool = False
+    clip: bool = False
+    ema: torch.Tensor | None = None
+    ema_warmup: bool = False
+    domain: NormDomain = NormDomain()
+    random_stream: int = 0
 
     def flags(self) -> int:
         """The word TensorRow::flags."""
@@ -106,6 +122,12 @@ class TensorSpec:
             | (MAXIMIZE if self.maximize else 0)
             | (0 if self.decoupled else L2)
             | (FLOAT64 if self.param.dtype == torch.float64 else 0)
+            | (CAUTIOUS if self.cautious else 0)
+            | (CAUTIOUS_DECAY if self.cautious_decay else 0)
+            | (CLIP if self.clip else 0)
+            | (0 if self.ema is None else EMA)
+            | (EMA_BFLOAT16 if self.ema is not None and self.ema.dtype == torch.bfloat16 else 0)
+            | (EMA_WARMUP if self.ema_warmup else 0)
             | DTYPE_CODES[self.param.dtype] << PARAM_DTYPE_SHIFT
             | DTYPE_CODES[self.grad_dtype] << GRAD_DTYPE_SHIFT
         )
@@ -148,6 +170,9 @@ class Upload:
 
     The copy leaves from pinned memory, asynchronously. A slot is reused only after its copy has arrived, which
     makes the host wait only when it runs `UPLOADS_IN_FLIGHT` changed steps ahead of the device.
+
+    A copy that is captured in a CUDA graph reads its slot again on every replay, so that slot is set aside for good;
+    it is reserved beforehand, because pinned memory cannot be allocated during a capture.
     """
 
     def __init__(self, words: array[int], device: torch.device) -> None:
@@ -157,11 +182,23 @@ class Upload:
         self._pinned = torch.empty((UPLOADS_IN_FLIGHT, len(words)), dtype=torch.int64, device="cpu", pin_memory=True)
         self._arrived = [torch.cuda.Event() for _ in range(UPLOADS_IN_FLIGHT)]  # type: ignore[no-untyped-call]
         self._slot = -1
+        self._reserved: torch.Tensor | None = self._pinned_words()
+        self._captured: list[torch.Tensor] = []  # read by graphs
+
+    def _pinned_words(self) -> torch.Tensor:
+        return torch.empty(len(self._host), dtype=torch.int64, device="cpu", pin_memory=True)
+
+    def is_current(self) -> bool:
+        """Whether the words on the device, sent by `send`, are the host's."""
+        return self._slot >= 0 and torch.equal(self._pinned[self._slot], self._host)
 
     def send(self) -> None:
         """Enqueue the copy on the current stream unless the device already has these words."""
-        if self._slot >= 0 and torch.equal(self._pinned[self._slot], self._host):
+        # A replay may have written its own words since; nobody tells us.
+        if not self._captured and self.is_current():
             return
+        if self._reserved is None:
+            self._reserved = self._pinned_words()
         slot = (self._slot + 1) % UPLOADS_IN_FLIGHT
         self._arrived[slot].synchronize()
         pinned = self._pinned[slot]
@@ -169,6 +206,22 @@ class Upload:
         self.on_device.copy_(pinned, non_blocking=True)
         self._arrived[slot].record(torch.cuda.current_stream(self.on_device.device))
         self._slot = slot  # last: an interrupt before this line makes the next step send again
+
+    def capture(self) -> None:
+        """Make the copy of these words part of the CUDA graph that is being captured.
+
+        Raises:
+            RuntimeError: no slot is left.
+        """
+        if self._reserved is None:
+            raise RuntimeError(
+                "this optimizer's step was captured in a CUDA graph a moment ago; take one eager step before capturing "
+                "it again, so that the second graph gets host memory of its own"
+            )
+        slot, self._reserved = self._reserved, None
+        slot.copy_(self._host)
+        self._captured.append(slot)
+        self.on_device.copy_(slot, non_blocking=True)
 
 
 class LaunchTable:
@@ -179,12 +232,36 @@ class LaunchTable:
         batches: one entry a dtype combination.
         grads: int64 addresses, one a row, in host memory; 0 leaves a tensor alone.
         rows, chunks, coefficients, hypers, device_grads: int64 tensors on `device`.
+        norm_chunks, domains, partials, totals: of the sums of squares, on `device`; empty where nothing is measured.
+        num_domains: how many there are, over all tables alike.
     """
 
     def __init__(
-        self, device: torch.device, specs: Sequence[TensorSpec], num_hypers: int, backend: Backend, chunk_size: int
+        self,
+        device: torch.device,
+        specs: Sequence[TensorSpec],
+        num_hypers: int,
+        backend: Backend,
+        chunk_size: int,
+        *,
+        order: Sequence[int] | None = None,
+        domains: Sequence[NormDomain] = (),
+        verdict: Verdict | None = None,
+        measured: bool = False,
     ) -> None:
-        """Build every array and, on a GPU, send them."""
+        """Build every array and, on a GPU, send them.
+
+        Args:
+            device: where the tensors live.
+            specs: them, by dtype combination.
+            num_hypers: number of hyperparameter rows.
+            backend: what launches the table.
+            chunk_size: elements a chunk of the update.
+            order: positions in `specs` in the order of the parameters, in which squares are added up.
+            domains: of all tables, by norm.
+            verdict: where the step's decision is kept; by default one that always says: apply.
+            measured: whether norms are wanted.
+        """
         self.device = device
         self.backend = backend
         self.num_tensors = len(specs)
@@ -201,28 +278,50 @@ class LaunchTable:
                 spec.param.numel(),
                 spec.hyper,
                 spec.flags(),
+                0 if spec.ema is None else spec.ema.data_ptr(),
+                spec.domain.norm,
+                spec.random_stream,
+                *[0] * 5,
             )
         self._row_words = array("q", words)
 
-        chunk_words, ends = cut_into_chunks(words[ROW_NUMEL::WORDS_PER_ROW], chunk_size)
+        numels = words[ROW_NUMEL::WORDS_PER_ROW]
+        chunk_words, ends = cut_into_chunks(numels, chunk_size)
         self.num_chunks = len(chunk_words)
         self.batches = self._find_batches(specs, ends)
+        self.num_domains = len(domains)
+        norm_chunk_words, domain_words = array("q"), array("q")
+        rows_of: dict[NormDomain, list[int]] = {domain: [] for domain in domains}
+        for row in (range(len(specs)) if order is None else order) if measured else ():
+            rows_of[specs[row].domain].append(row)
+        for domain, rows in rows_of.items():
+            begin = len(norm_chunk_words)
+            for row in rows:
+                first = row << CHUNK_TENSOR_SHIFT
+                norm_chunk_words.extend(range(first, first + -(-numels[row] // NORM_CHUNK)))
+            domain_words.extend((begin, len(norm_chunk_words), domain.norm, 0))
+        self.num_norm_chunks = len(norm_chunk_words)
 
         self.grads = zero_words(self.num_tensors)
-        self._hyper_words = zero_words(num_hypers * WORDS_PER_ROW)
+        self._hyper_words = zero_words(num_hypers * WORDS_PER_HYPER_ROW)
         self.hyper_words = memoryview(self._hyper_words)
         self.hyper_values = self.hyper_words.cast("B").cast("d")
         self._uploads: tuple[Upload, ...] = ()
-        self.rows, self.chunks = as_tensor(self._row_words), as_tensor(chunk_words)
+        self._constants = self._row_words, chunk_words, norm_chunk_words, domain_words
+        self.rows, self.chunks, self.norm_chunks, self.domains = (as_tensor(words) for words in self._constants)
         self.device_grads, self.hypers = as_tensor(self.grads), as_tensor(self._hyper_words)
         if device.type != "cpu":
             # From pinned memory, so that the host does not wait for the device.
-            self.rows, self.chunks = (
-                words.pin_memory().to(device, non_blocking=True) for words in (self.rows, self.chunks)
+            self.rows, self.chunks, self.norm_chunks, self.domains = (
+                tensor.pin_memory().to(device, non_blocking=True)
+                for tensor in (self.rows, self.chunks, self.norm_chunks, self.domains)
             )
             self._uploads = (Upload(self.grads, device), Upload(self._hyper_words, device))
             self.device_grads, self.hypers = (upload.on_device for upload in self._uploads)
-        self.coefficients = torch.empty(self.num_tensors * WORDS_PER_ROW, dtype=torch.int64, device=device)
+        self.coefficients = torch.empty(self.num_tensors * COEFFICIENT_ROW_BYTES // 8, dtype=torch.int64, device=device)
+        self.partials = torch.empty(self.num_norm_chunks, dtype=torch.float64, device=device)
+        self.totals = torch.zeros(self.num_domains + 1, dtype=torch.float64, device=device)
+        self.verdict = verdict or Verdict(device, 1)
         # The struct LaunchTable, in host memory, and its batches as the CUDA launcher reads them.
         self._struct = array(
             "q",
@@ -235,6 +334,14 @@ class LaunchTable:
                 self.num_tensors,
                 self.num_chunks,
                 chunk_size,
+                self.verdict.decision.data_ptr(),
+                self.verdict.signals.data_ptr(),
+                self.norm_chunks.data_ptr(),
+                self.num_norm_chunks,
+                self.partials.data_ptr(),
+                self.domains.data_ptr(),
+                self.num_domains,
+                self.totals.data_ptr(),
             ],
         )
         self._batch_words = array("q")
@@ -261,121 +368,42 @@ class LaunchTable:
         """Host address where the address of this row's gradient is written."""
         return self.grads.buffer_info()[0] + 8 * row
 
-    def launch(self) -> None:
-        """Run prepare and update for every tensor whose gradient address is not 0."""
+    def launch(self, stages: int, *, capturing: bool = False) -> None:
+        """Run these stages, in one call, for every tensor whose gradient address is not 0.
+
+        Args:
+            stages: MEASURE, DECIDE, UPDATE, added up.
+            capturing: the current stream is being captured in a CUDA graph.
+        """
         if self._stream is not None:
             stream = torch.cuda.current_stream(self.device)
             if stream != self._stream:
                 # Freed, the table's memory must not be handed out while this other stream still reads it.
-                for tensor in (self.rows, self.chunks, self.device_grads, self.hypers, self.coefficients):
+                for tensor in self._device_tensors():
                     tensor.record_stream(stream)
                 self._stream = stream
-        for upload in self._uploads:
+        if self._uploads:
+            grads, hypers = self._uploads
+            if not capturing:
+                grads.send()
+                hypers.send()
+            elif stages & (MEASURE if self.num_norm_chunks else UPDATE):  # the first stage to read them
+                grads.capture()
+        self.backend.launch(self, stages)
+
+    def send_hyperparameters(self) -> None:
+        """Bring the device's rows up to date, between replays of a captured step, say."""
+        for upload in self._uploads[1:]:
             upload.send()
-        self.backend.launch(self)
 
+    def has_current_hyperparameters(self) -> bool:
+        """Whether the device's rows are up to date."""
+        return all(upload.is_current() for upload in self._uploads[1:])
 
-class HyperparameterRows:
-    """Writes the groups' hyperparameters into every table, and keeps tensors among them live.
-
-    A float is written by value. A one-element float32 or float64 tensor on the table's own device is read there by
-    each step, through its address. A CPU tensor beside a GPU table is read by the host on each step, which needs no
-    synchronisation; a tensor on another GPU is copied over on each step, on the device.
-
-    Attributes:
-        written: the objects, five a group, that the rows now hold. Kept here and not by the optimizer: a wrapper that
-            copies an optimizer's `__dict__` shares the rows with it.
-    """
-
-    def __init__(self, tables: Sequence[LaunchTable]) -> None:
-        """Remember the tables; `write_all` fills them."""
-        self._tables = tables
-        self.written: list[float | torch.Tensor] = []
-        self._live: list[Callable[[], bool]] = []
-        self._kept_alive: list[torch.Tensor] = []
-
-    def write_all(self, values: Sequence[float | torch.Tensor]) -> None:
-        """Write every row anew: five values a group, in the order of HYPERPARAMETERS, already checked."""
-        self._live.clear()
-        self._kept_alive.clear()
-        self.written = [*values]
-        for table in self._tables:
-            for group in range(len(values) // len(HYPERPARAMETERS)):
-                source = 0
-                base = group * WORDS_PER_ROW
-                for field in range(len(HYPERPARAMETERS)):
-                    value = values[group * len(HYPERPARAMETERS) + field]
-                    if isinstance(value, torch.Tensor):
-                        source |= self._bind(table, base + field, value) << (2 * field)
-                    else:
-                        table.hyper_values[base + field] = value
-                table.hyper_words[base + HYPER_SOURCE] = source
-
-    def update(self, values: Sequence[float | torch.Tensor]) -> None:
-        """Check and write the values that are other objects than those written last.
-
-        Raises:
-            ValueError: a value that `check_hyperparameters` refuses; then no row was written.
-        """
-        before = self.written
-        changed = [i for i, (new, old) in enumerate(zip(values, before, strict=True)) if new is not old]
-        fields = len(HYPERPARAMETERS)
-        # A scheduler changes every group on every step: floats within their bounds are told at a glance.
-        unusual = [
-            i for i in changed if type(values[i]) is not float or not _LOW[i % fields] <= values[i] < _HIGH[i % fields]
-        ]
-        for group in sorted({i // fields for i in unusual}):
-            check_hyperparameters(
-                Hyperparameters(*values[group * fields : (group + 1) * fields]), f"param_groups[{group}]"
-            )
-        if any(isinstance(values[i], torch.Tensor) for i in unusual) or any(
-            isinstance(before[i], torch.Tensor) for i in changed
-        ):
-            self.write_all(values)
-            return
-        self.written = [*values]
-        for table in self._tables:
-            for i in changed:
-                table.hyper_values[i // fields * WORDS_PER_ROW + i % fields] = values[i]  # type: ignore[assignment]
-
-    def _bind(self, table: LaunchTable, position: int, value: torch.Tensor) -> int:
-        """Make a tensor's value reach word `position` of a table; what that word then holds."""
-        if value.device == table.device and value.dtype in (torch.float32, torch.float64):
-            self._kept_alive.append(value)
-
-            dtype = value.dtype
-
-            def point_at_it() -> bool:  # `tensor.data = ...` gives the same tensor other memory, even another dtype
-                table.hyper_words[position] = value.data_ptr()
-                return value.dtype == dtype and value.device == table.device
-
-            point_at_it()
-            self._live.append(point_at_it)
-            return FROM_FLOAT32 if dtype == torch.float32 else FROM_FLOAT64
-        if value.device.type == "cpu":
-
-            def read_on_host() -> bool:
-                table.hyper_values[position] = value.item()
-                return True
-
-            read_on_host()
-            self._live.append(read_on_host)
-            return FROM_VALUE
-        mirror = torch.empty((), dtype=torch.float64, device=table.device)
-        self._kept_alive.append(mirror)
-
-        def copy_over() -> bool:
-            mirror.copy_(value.detach().reshape(()), non_blocking=True)
-            return True
-
-        copy_over()
-        self._live.append(copy_over)
-        table.hyper_words[position] = mirror.data_ptr()
-        return FROM_FLOAT64
-
-    def refresh(self) -> bool:
-        """Bring over the values or addresses of the tensors among the hyperparameters; False if one no longer fits."""
-        return all([read() for read in self._live])
+    def _device_tensors(self) -> tuple[torch.Tensor, ...]:
+        read = self.rows, self.chunks, self.device_grads, self.hypers, self.coefficients
+        decided = self.verdict.signals, self.verdict.decision
+        return (*read, self.norm_chunks, self.domains, self.partials, self.totals, *decided)
 
 
 class LaunchPlan:
@@ -390,6 +418,10 @@ class LaunchPlan:
         num_hypers: int,
         choose: Callable[[torch.device], Backend],
         chunk_size: int | None = None,
+        control: StepControl | None = None,
+        stages: int | None = None,
+        domains: Iterable[NormDomain] = (),
+        home: torch.device | None = None,
     ) -> None:
         """Group by device, order by dtype combination, build the tables. Nothing is launched.
 
@@ -398,6 +430,11 @@ class LaunchPlan:
             num_hypers: number of hyperparameter rows that `specs` refer to.
             choose: the backend for a device; raises where there is none.
             chunk_size: elements a chunk, instead of the backend's own choice.
+            control: what decides over each step; None: every step is applied, with gradients as they are.
+            stages: which will ever be launched; by default what `launch` needs.
+            domains: in the order of their sums. Beyond those of `specs`, ones of tensors that have no gradient here but
+                may have one in another process, which expects this one to take part.
+            home: where to decide if `specs` is empty.
 
         Raises:
             ValueError: `chunk_size` is not a positive multiple of CHUNK_MULTIPLE.
@@ -407,6 +444,11 @@ class LaunchPlan:
         by_device: dict[torch.device, list[int]] = {}
         for i, spec in enumerate(specs):
             by_device.setdefault(spec.param.device, []).append(i)
+        self.control = control
+        if not specs and control is not None and home is not None:
+            by_device[home] = []
+        found = dict.fromkeys((*domains, *(spec.domain for spec in specs)))
+        self.domains = sorted(found, key=lambda domain: domain.norm)
         self._places: list[tuple[LaunchTable, int]] = [None] * len(specs)  # type: ignore[list-item]  # filled below
         self.tables: list[LaunchTable] = []
         for device, members in by_device.items():
@@ -416,15 +458,26 @@ class LaunchPlan:
             size = chunk_size or backend.chunk_size
             while numel // size > MAX_CHUNKS:
                 size *= 2
-            table = LaunchTable(device, [specs[i] for i in members], num_hypers, backend, size)
-            for row, i in enumerate(members):
+            rows = {i: row for row, i in enumerate(members)}
+            table = LaunchTable(
+                device,
+                [specs[i] for i in members],
+                num_hypers,
+                backend,
+                size,
+                order=[rows[i] for i in sorted(members)],
+                domains=self.domains,
+                verdict=control.verdict(device) if control else None,
+                measured=control is not None and control.measures,
+            )
+            for i, row in rows.items():
                 self._places[i] = (table, row)
             self.tables.append(table)
         self.slots = [table.slot(row) for table, row in self._places]
         self.hypers = HyperparameterRows(self.tables)
         # Whatever may fail (compiling a kernel, say) fails here, before anything is written.
         for table in self.tables:
-            table.backend.warm_up(table)
+            table.backend.warm_up(table, stages or (UPDATE if control is None else MEASURE | DECIDE | UPDATE))
 
     def write_grad(self, index: int, address: int) -> None:
         """Write the address of the gradient of `specs[index]`; 0 leaves it alone."""
@@ -436,35 +489,23 @@ class LaunchPlan:
         for index, address in enumerate(addresses):
             self.write_grad(index, address)
 
-    def launch(self) -> None:
-        """One step: prepare and update on every device."""
+    def launch(self, *, capturing: bool = False) -> None:
+        """One step on every device: measure and decide where there is something to decide, then update."""
+        if self.control is None:
+            for table in self.tables:
+                table.launch(UPDATE, capturing=capturing)
+            return
+        if len(self.tables) == 1 and not any(domain.process_groups for domain in self.domains):
+            self.tables[0].launch(MEASURE | DECIDE | UPDATE, capturing=capturing)
+            return
+        self.measure(capturing=capturing)
         for table in self.tables:
-            table.launch()
+            table.launch(DECIDE | UPDATE, capturing=capturing)
 
-
-def check_hyperparameters(hyper: Hyperparameters, where: str) -> None:
-    """Refuse values with which a step would destroy the weights.
-
-    Tensors on a GPU are checked for their shape alone: reading them would synchronise.
-
-    Raises:
-        ValueError: naming the hyperparameter, its value, and what is accepted.
-    """
-    for key in HYPERPARAMETERS:
-        value = getattr(hyper, key)
-        if isinstance(value, torch.Tensor):
-            if value.numel() != 1 or value.is_complex():
-                raise ValueError(
-                    f"{where}: {key} is a tensor of shape {tuple(value.shape)} and dtype {value.dtype}; "
-                    "expected a float or a tensor with one real element"
-                )
-            if value.device.type != "cpu":
-                continue
-            value = value.item()
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise ValueError(f"{where}: {key} is {value!r}; expected a finite number or a one-element tensor")
-        value = float(value)
-        if key in ("beta1", "beta2") and not 0.0 <= value < 1.0:
-            raise ValueError(f"{where}: {key} is {value!r}; expected 0 <= {key} < 1")
-        if key == "eps" and value < 0.0:
-            raise ValueError(f"{where}: eps is {value!r}; expected eps >= 0")
+    def measure(self, *, capturing: bool = False) -> None:
+        """The totals of every domain, over all tables and processes, into every table."""
+        if not self.tables:
+            return
+        for table in self.tables:
+            table.launch(MEASURE, capturing=capturing)
+        add_up([table.totals for table in self.tables], self.domains)

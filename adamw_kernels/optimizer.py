@@ -2,47 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import math
+import numbers
 import operator
-import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, StateDict
 
 from adamw_kernels import backends
-from adamw_kernels.formats import DLPACK_DTYPES, moment_dtype, moment_like
-from adamw_kernels.functional import (
-    check_grad,
-    check_overlap,
-    check_state,
-    chooser,
-    dense_grad,
-    grad_address,
-    local_grad,
-    local_param,
-    local_view,
-    refuse_capture,
-)
-from adamw_kernels.launch_table import Hyperparameters, LaunchPlan, TensorSpec, check_hyperparameters
-from adamw_kernels.tensor_watch import ALWAYS_ODD, NO_ROW, STATE_KEYS, TensorWatch, same_layout, watch_tensors
+from adamw_kernels.control import StepControl, Verdict
+from adamw_kernels.formats import EMA_FORMATS
+from adamw_kernels.functional import is_capturing
+from adamw_kernels.hyperparameters import check_hyperparameters
+from adamw_kernels.stepper import FURTHER_OPTIONS, Options, Stepper, group_hyperparameters
+
+if TYPE_CHECKING:
+    from adamw_kernels.gradient_release import GradientRelease
+    from adamw_kernels.launch_table import LaunchPlan
 
 ParamsT: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
-
-# Largest step count, a float32, that the kernels' repeated squaring covers. As a float32 it stops growing at 2^24
-# anyway, when the bias corrections have long been 1.
-MAX_STEP = 2**31 - 128
-
-
-class _Member(NamedTuple):
-    """A parameter that has a row in the plan, as it was when the plan was built. Keeps no tensor alive."""
-
-    name: str
-    row: int
-    param_dtype: torch.dtype
-    grad_dtype: torch.dtype
-    addresses: dict[str, int]
 
 
 class _Shielded:
@@ -50,6 +33,24 @@ class _Shielded:
 
     def __init__(self, value: Any) -> None:
         self.value = value
+
+
+class _Internals:
+    """What an optimizer keeps beside torch's attributes.
+
+    One object, so that a wrapper that copies or forwards attributes (Lightning's) shares it: attributes of the
+    optimizer itself, written through a wrapper, would land on the wrapper.
+    """
+
+    def __init__(self, options: Options, guards: dict[str, Any]) -> None:
+        self.options = options
+        self.guards = guards
+        self.stepper: Stepper | None = None
+        self.control: StepControl | None = None
+        self.release: GradientRelease | None = None
+        self.shows_averages = False
+        # Plans that CUDA graphs replay. Nobody tells when a graph is gone, and it must not outlive its tables.
+        self.captured: list[LaunchPlan | None] = []
 
 
 class FusedAdamW(Optimizer):
@@ -65,8 +66,8 @@ class FusedAdamW(Optimizer):
     their learning rates, decays, betas and step counts. Same inputs give the same bits on every backend.
 
     State per parameter, as in torch: `step` (float32 scalar on the parameter's device), `exp_avg`, `exp_avg_sq`, with
-    `amsgrad` `max_exp_avg_sq` (shape, device and layout of the parameter; float32, or float64 for float64
-    parameters). State dicts load both ways with `torch.optim.AdamW` and `torch.optim.Adam`.
+    `amsgrad` `max_exp_avg_sq`, with `ema_decay` `param_ema` (shape, device and layout of the parameter; float32, or
+    float64 for float64 parameters). State dicts load both ways with `torch.optim.AdamW` and `torch.optim.Adam`.
 
     Args:
         params: parameters, groups, or named parameters: float32, bfloat16, float16, float64 or complex tensors of any
@@ -79,23 +80,39 @@ class FusedAdamW(Optimizer):
         amsgrad: divide by the running maximum of the second moment.
         maximize: ascend instead of descend.
         foreach: accepted; there is one implementation, and it handles all tensors at once.
-        capturable: accepted; there is one implementation, which never waits for the device. Capturing a step in a
-            CUDA graph is refused in this version.
+        capturable: accepted; there is one implementation, which never waits for the device. After one eager step it
+            can be captured in a CUDA graph; see `upload_hyperparameters`.
         differentiable: must be False: the update is invisible to autograd.
-        fused: None or True.
+        fused: True: `torch.amp.GradScaler` hands over its scale and its flag, and the device unscales and skips, as
+            with torch's `fused=True`. None (as torch's default): the scaler unscales the gradients itself and skips
+            on the host, which wrappers that clip or watch for skips (Lightning, accelerate) rely on. With True, call
+            `unscale_` of FSDP1's ShardedGradScaler first: nowhere else does it agree on a scale with its peers.
         decoupled: True: decay the weight (AdamW). False: add :math:`\lambda\theta` to the gradient (Adam with L2).
+        cautious: no update of an element where first moment and gradient disagree in sign (Liang et al., Cautious
+            Optimizers, 2024; without their rescaling by the mean of the mask).
+        cautious_weight_decay: no decay of an element where it and the update disagree in sign (Chen et al., Cautious
+            Weight Decay, 2025).
+        max_grad_norm: gradients enter multiplied by min(1, max_grad_norm / (norm + 1e-6)), norm being the 2-norm of
+            all (unscaled) gradients together, over all devices and shards. They are read once more and not written.
+            A number or a one-element tensor above 0; infinity measures only.
+        clip_per_group: norm is that of a group's own gradients.
+        skip_nonfinite: a step whose gradients hold inf or NaN changes nothing.
+        max_skip_norm: nor does one whose norm is larger than this, or NaN. A number or a one-element tensor.
+        ema_decay: keep an average of the weights beside them, `ema = ema + (1 - ema_decay) (weight - ema)` after each
+            step of a parameter, starting at the weight before its first. In [0, 1); a number or a one-element tensor.
+        ema_warmup: use (1 + t) / (10 + t) as long as that is less than `ema_decay`.
+        ema_format: "float32" (float64 for float64 parameters) or "bfloat16", rounded stochastically.
+        process_group: over which plain tensors are shards, for norms and skips; DTensors know by themselves.
+        seed: of the random bits of stochastic rounding, which depend on it, the parameter's position, its step count
+            and the element's index alone.
         backend: "auto", "cpu", "triton" or "cuda"; see `adamw_kernels.describe()`.
 
-    Raises:
-        ValueError: a hyperparameter out of range, an unknown backend. RuntimeError: an option that cannot be met.
-    """
+    max_grad_norm, ema_decay, ema_warmup, ema_format, cautious and cautious_weight_decay are options of each group.
 
-    # Class-level, because deepcopy, pickle and dynamically made subclasses do not call __init__.
-    _plan: LaunchPlan | None = None
-    _watch: TensorWatch | None = None
-    _members: dict[int, _Member] = {}  # replaced whole, never written to
-    _seen_flags: list[Any] | None = None
-    _backend: str = "auto"
+    Raises:
+        ValueError: a hyperparameter out of range, options that contradict each other, an unknown backend.
+        RuntimeError: an option that cannot be met.
+    """
 
     def __init__(
         self,
@@ -112,11 +129,31 @@ class FusedAdamW(Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled: bool = True,
+        cautious: bool = False,
+        cautious_weight_decay: bool = False,
+        max_grad_norm: float | torch.Tensor | None = None,
+        clip_per_group: bool = False,
+        skip_nonfinite: bool = False,
+        max_skip_norm: float | torch.Tensor | None = None,
+        ema_decay: float | torch.Tensor | None = None,
+        ema_warmup: bool = False,
+        ema_format: str = "float32",
+        process_group: Any = None,
+        seed: int = 0,
         backend: str = "auto",
     ) -> None:
         """Check every option; nothing is allocated before the first step."""
-        self._backend = backends.check_name(backend, f"backend={backend!r}")
-        defaults = {
+        backends.check_name(backend, f"backend={backend!r}")
+        _check_skip_norm(max_skip_norm)
+        if process_group is not None and not hasattr(process_group, "rank"):
+            raise TypeError(
+                f"FusedAdamW: process_group is {process_group!r}; expected a torch.distributed.ProcessGroup or None"
+            )
+        self._internals = _Internals(
+            Options(backend, bool(clip_per_group), process_group, operator.index(seed)),
+            {"skip_nonfinite": bool(skip_nonfinite), "max_skip_norm": max_skip_norm},
+        )
+        defaults: dict[str, Any] = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
@@ -129,8 +166,33 @@ class FusedAdamW(Optimizer):
             "fused": fused,
             "decoupled_weight_decay": decoupled,
         }
+        # Beyond torch's options only those in use: without them, groups look like torch's to whatever compares keys
+        # (a flattened distributed checkpoint, say).
+        further = {
+            "cautious": cautious,
+            "cautious_weight_decay": cautious_weight_decay,
+            "max_grad_norm": max_grad_norm,
+            "ema_decay": ema_decay,
+            "ema_warmup": ema_warmup,
+            "ema_format": ema_format,
+        }
+        defaults |= {
+            key: value
+            for key, value in further.items()
+            if isinstance(value, torch.Tensor) or value != FURTHER_OPTIONS[key]
+        }
         _check_options(defaults, "FusedAdamW")
         super().__init__(params, defaults)
+        if fused:
+            self._step_supports_amp_scaling = True
+        if clip_per_group and not self._any_group_has("max_grad_norm"):
+            raise ValueError("FusedAdamW: clip_per_group=True, and no group has a max_grad_norm; expected one")
+        if (ema_warmup or ema_format != "float32") and not self._any_group_has("ema_decay"):
+            option = f"ema_format={ema_format!r}" if not ema_warmup else "ema_warmup=True"
+            raise ValueError(f"FusedAdamW: {option}, and no group has an ema_decay; expected one")
+
+    def _any_group_has(self, option: str) -> bool:
+        return any(group.get(option) is not None for group in self.param_groups)
 
     # --- groups -------------------------------------------------------------------------------------------------
 
@@ -142,8 +204,14 @@ class FusedAdamW(Optimizer):
         """
         if "decoupled" in param_group:
             param_group["decoupled_weight_decay"] = param_group.pop("decoupled")
-        options = {key: param_group.get(key, default) for key, default in self.defaults.items()}
-        _check_options(options, f"param_groups[{len(self.param_groups)}]")
+        known = FURTHER_OPTIONS.keys() | self.defaults.keys()
+        options = self.defaults | {key: value for key, value in param_group.items() if key in known}
+        where = f"param_groups[{len(self.param_groups)}]"
+        _check_options(options, where)
+        for key in ("ema_warmup", "ema_format"):
+            named = param_group.get(key, FURTHER_OPTIONS[key])
+            if named != FURTHER_OPTIONS[key] and options.get("ema_decay") is None:
+                raise ValueError(f"{where}: {key}={named!r}, and the group has no ema_decay; expected one")
         super().add_param_group(param_group)
 
     # --- the step -------------------------------------------------------------------------------------------------
@@ -165,210 +233,191 @@ class FusedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        refuse_capture()
-        sweep = self._sweep()
-        if sweep is None:
-            self._build()
-            sweep = self._sweep()
-            assert sweep is not None, "a plan built a moment ago fits"
-        params, _grads, relaid = sweep  # alive until the launch: their addresses are in the table
-        torch.autograd.graph.increment_version(params)
-        assert self._plan is not None
-        self._plan.launch()
-        del relaid
+        self._update()
         return loss
 
-    def _sweep(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]] | None:
-        """Bring the plan up to date, or return None where it must be built anew."""
-        if self._plan is None or self._watch is None or not self._refresh_hyperparameters():
+    # Not to be traced by torch.compile, which knows no addresses: it would break the graph dozens of times in here and
+    # compile what is between. Costs 0.4 us a step.
+    @_disable_dynamo
+    def _update(self) -> None:
+        """The step without its closure."""
+        self._refuse_while_averages_are_shown("step()")
+        stepper = self._current_stepper()
+        # Set by GradScaler, or by hand, for this step.
+        scale, flag = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if self._internals.release is not None:
+            self._internals.release.finish_iteration(scaled=scale is not None or flag is not None)
+        capturing = is_capturing()
+        try:
+            stepper.step(scale, flag, capturing=capturing)
+        except KeyError:
+            if not self._complete_groups():  # set from outside, by somebody who knows torch's options only
+                raise
+            stepper.step(scale, flag, capturing=capturing)
+        if capturing:
+            self._internals.captured.append(stepper.plan)
+
+    def _current_stepper(self) -> Stepper:
+        own = self._internals
+        if own.stepper is None or own.stepper.groups is not self.param_groups or own.stepper.state is not self.state:
+            groups = self.param_groups
+            own.stepper = Stepper(groups, groups, self.state, own.options, self._find_control)
+        return own.stepper
+
+    def _complete_groups(self) -> bool:
+        """Give every group the options it lacks; whether there were any."""
+        lacking = [(group, key) for group in self.param_groups for key in self.defaults if key not in group]
+        for group, key in lacking:
+            group[key] = self.defaults[key]
+        return bool(lacking)
+
+    def _measures(self) -> bool:
+        """Whether anything asks for a gradient norm."""
+        guards = self._internals.guards
+        guarded = guards["skip_nonfinite"] or guards["max_skip_norm"] is not None
+        return guarded or self._any_group_has("max_grad_norm")
+
+    def _find_control(self, signalled: bool) -> StepControl | None:
+        """What decides over the steps of a plan that is being built; None where every step is to be applied."""
+        own = self._internals
+        measures = self._measures()
+        scaled = signalled or getattr(self, "_step_supports_amp_scaling", False)
+        num_norms = len(self.param_groups) if own.options.clip_per_group else 1
+        before = own.control
+        if before is None and not measures and not scaled:
             return None
-        with torch._C.DisableTorchFunctionSubclass():
-            found = self._watch.sweep(self.param_groups, self.state)
-        if found is None:
-            return None
-        params, grads, odd = found
-        relaid = self._read_odd(odd) if odd else []
-        return None if relaid is None else (params, grads, relaid)
+        if before is None or (before.measures, before.num_norms) != (measures, num_norms):
+            own.control = StepControl(measures=measures, num_norms=num_norms, **own.guards)
+            if before is not None:
+                own.control.adopt(before)
+        return own.control
 
-    def _refresh_hyperparameters(self) -> bool:
-        """Write the hyperparameters that changed; False if the plan's structure depends on one of them."""
-        assert self._plan is not None
-        rows = self._plan.hypers
-        flags: list[Any] = []
-        hypers: list[Any] = []
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            hypers += (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
-            flags += (group["amsgrad"], group["maximize"], group["decoupled_weight_decay"])
-        if flags != self._seen_flags or len(hypers) != len(rows.written):
-            return False
-        if not all(map(operator.is_, hypers, rows.written)):
-            rows.update(hypers)
-        return rows.refresh()
+    def upload_hyperparameters(self) -> None:
+        """Bring the devices' copies of learning rates and the like up to date, between replays of a captured step.
 
-    @torch.no_grad()
-    def _read_odd(self, odd: list[int]) -> list[torch.Tensor] | None:
-        """Write the gradients' addresses that the watch could not; the tensors must outlive the launch."""
-        assert self._plan is not None
-        params = [p for group in self.param_groups for p in group["params"]]
-        kept: list[torch.Tensor] = []
-        for position in odd:
-            has_grad = position >= 0
-            p = params[position if has_grad else -1 - position]
-            member = self._members[id(p)]
-            address = 0
-            if has_grad:
-                with torch._C.DisableTorchFunctionSubclass():
-                    local, grad = local_view(p), _local_grad(p)
-                    if (local.dtype, grad.dtype) != (member.param_dtype, member.grad_dtype):
-                        return None
-                    if _addresses(local, self.state[p]) != member.addresses or grad.layout != torch.strided:
-                        return None
-                    if grad.shape != local.shape or grad.device != local.device:
-                        return None
-                    grad = dense_grad(local, grad)
-                kept.append(grad)
-                address = grad_address(grad)
-            self._plan.write_grad(member.row, address)
-        return kept
+        A captured step reads them from device memory. Tensors on the device are read in place and need no call; Python
+        numbers and CPU tensors, which a scheduler may change, reach the device by this method, in stream order.
 
-    # --- building the plan ------------------------------------------------------------------------------------------
-
-    @torch.inference_mode(False)  # the tables outlive this step, and inference tensors could not be written later
-    @torch.no_grad()
-    def _build(self) -> None:
-        """Check everything, create missing state, and build the launch tables. No parameter is updated yet."""
-        self._plan = self._watch = None
-        hypers = [*_hyperparameters(self.param_groups)]
-        with torch._C.DisableTorchFunctionSubclass():
-            specs, grads, members = self._collect(keep_idle=True)
-            try:
-                check_overlap(specs, grads)
-            except ValueError:  # does it concern parameters that have no gradient, and so are not written?
-                specs, grads, members = self._collect(keep_idle=False)
-                check_overlap(specs, grads)
-            plan = LaunchPlan(specs, len(self.param_groups), chooser(self._backend))
-            plan.hypers.write_all(hypers)
-            slots, dtypes = [], []
-            for p in (p for group in self.param_groups for p in group["params"]):
-                member = members.get(id(p))
-                plain = member is not None and not p.is_complex() and not hasattr(p, "_local_tensor")
-                slots.append(NO_ROW if member is None else plan.slots[member.row] if plain else ALWAYS_ODD)
-                dtypes.append(0 if member is None else DLPACK_DTYPES[member.grad_dtype])
-            self._watch = watch_tensors(self.param_groups, self.state, slots, dtypes)
-        self._plan = plan
-        self._members = members
-        self._seen_flags = [
-            group[key] for group in self.param_groups for key in ("amsgrad", "maximize", "decoupled_weight_decay")
-        ]
-
-    def _collect(self, keep_idle: bool) -> tuple[list[TensorSpec], list[torch.Tensor], dict[int, _Member]]:
-        """The rows of the plan: every parameter with a gradient and, if `keep_idle`, those that had one before.
-
-        The latter keep their row so that gradients that come and go (experts, frozen layers) cost nothing.
+        Raises:
+            RuntimeError: a CUDA graph is being captured, or an option changed that only a new capture can follow.
+            ValueError: a value out of range; then nothing was sent.
         """
-        places = [(group, index) for group, g in enumerate(self.param_groups) for index in range(len(g["params"]))]
-        candidates: dict[int, tuple[str, int, torch.Tensor]] = {}
-        for group, index in places:  # a parameter listed twice in its group (torch warns of it) has one row
-            p = self.param_groups[group]["params"][index]
-            if p.grad is not None or (keep_idle and self.state.get(p)):
-                candidates.setdefault(id(p), (_param_name(self.param_groups, group, index), group, p))
-        for name, _, p in candidates.values():  # first all checks, then the first change
-            if p.grad is not None:
-                local = local_param(name, p)
-                check_grad(name, local, _local_grad(p))
-                _check_adoptable(name, p, local, self.state.get(p, {}))
-
-        specs: list[TensorSpec] = []
-        grads: list[torch.Tensor] = []
-        members: dict[int, _Member] = {}
-        steps_seen: set[int] = set()
-        for name, group, p in candidates.values():
-            options = self.param_groups[group]
-            if p.grad is not None:
-                self._complete_state(name, p, options["amsgrad"], steps_seen)
-            try:
-                spec = self._spec(name, group, p)
-            except (AttributeError, KeyError, TypeError, ValueError):
-                if p.grad is not None:
-                    raise
-                continue  # has no gradient: whatever does not fit is looked at when it has one
-            members[id(p)] = _Member(
-                name, len(specs), spec.param.dtype, spec.grad_dtype, _addresses(spec.param, self.state[p])
+        if is_capturing():
+            raise RuntimeError("upload_hyperparameters() belongs between replays: it cannot be part of a CUDA graph")
+        if self._internals.stepper is not None:
+            self._internals.stepper.upload_hyperparameters()
+        elif self._internals.captured:
+            raise RuntimeError(
+                "the state was loaded anew since the step was captured, and the graph still updates the old one. Take "
+                "one eager step and capture again."
             )
-            specs.append(spec)
-            grads.append(spec.param if p.grad is None else _local_grad(p))
-        return specs, grads, members
+        if self._internals.release is not None:
+            self._internals.release.upload_hyperparameters()
 
-    def _spec(self, name: str, group: int, p: torch.Tensor) -> TensorSpec:
-        options, state, local = self.param_groups[group], self.state[p], local_param(name, p)
-        keys = ("step", "exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if options["amsgrad"] else ())
-        views = {key: local_view(state[key]) for key in keys}
-        for key, view in views.items():
-            check_state(name, key, local, view)
-        return TensorSpec(
-            name=name,
-            param=local,
-            grad_dtype=local.dtype if p.grad is None else _local_grad(p).dtype,
-            exp_avg=views["exp_avg"],
-            exp_avg_sq=views["exp_avg_sq"],
-            max_exp_avg_sq=views.get("max_exp_avg_sq"),
-            step=views["step"],
-            hyper=group,
-            amsgrad=bool(options["amsgrad"]),
-            maximize=bool(options["maximize"]),
-            decoupled=bool(options["decoupled_weight_decay"]),
-        )
+    # --- what the last step found -----------------------------------------------------------------------------------
+
+    def _last_verdict(self, what: str) -> Verdict:
+        if not self._measures():
+            raise RuntimeError(
+                f"{what}: nothing asks for a gradient norm; construct with max_grad_norm=, skip_nonfinite=True or "
+                "max_skip_norm= (max_grad_norm=float('inf') measures and never clips)"
+            )
+        control = self._internals.control
+        if control is None or not control.measures or not control.verdicts:
+            raise RuntimeError(f"{what}: no step has been taken since it was asked for")
+        return control.verdicts[0]
+
+    @property
+    def grad_norm(self) -> torch.Tensor:
+        """2-norm of the unscaled gradients of the last step, before clipping: a float32 scalar on the device.
+
+        A new tensor on each read, which waits for nothing; only looking at its value does.
+
+        Raises:
+            RuntimeError: nothing asks for a norm, or no step has been taken.
+        """
+        return self._last_verdict("grad_norm").norm()
+
+    @property
+    def group_grad_norms(self) -> torch.Tensor:
+        """The same for each group, with `clip_per_group`: a float32 vector on the device.
+
+        Raises:
+            RuntimeError: there is one norm only, or as for `grad_norm`.
+        """
+        if not self._internals.options.clip_per_group:
+            raise RuntimeError("group_grad_norms: there is one norm, grad_norm; construct with clip_per_group=True")
+        return self._last_verdict("group_grad_norms").norms()
+
+    @property
+    def last_step_skipped(self) -> torch.Tensor:
+        """Whether the last step changed nothing, by the loss scaler's flag or a guard: a bool scalar on the device."""
+        if self._internals.control is None or not self._internals.control.verdicts:
+            return torch.zeros((), dtype=torch.bool, device=self._first_device())
+        return self._internals.control.verdicts[0].skip()
+
+    @property
+    def skipped_steps(self) -> torch.Tensor:
+        """How many steps did so since this optimizer was made: an int64 scalar on the device."""
+        if self._internals.control is None or not self._internals.control.verdicts:
+            return torch.zeros((), dtype=torch.int64, device=self._first_device())
+        return self._internals.control.verdicts[0].skipped_steps()
+
+    def _first_device(self) -> torch.device:
+        device: torch.device = next(p.device for group in self.param_groups for p in group["params"])
+        return device
+
+    # --- averages of the weights --------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Within it, every parameter that has an average holds it; then the weights come back, also after an error.
+
+        The weights are kept aside meanwhile, in memory of their own size; the averages stay as they are. What is
+        written to parameters within is lost. A parameter that has not been stepped is its own average.
+
+        Raises:
+            RuntimeError: no parameter has an average; or this one is entered already. `step` and `load_state_dict`
+                within raise too.
+        """
+        self._refuse_while_averages_are_shown("ema_weights()")
+        groups = [group for group in self.param_groups if group.get("ema_decay") is not None]
+        params = [p for group in groups for p in group["params"] if "param_ema" in self.state.get(p, {})]
+        if not params:
+            raise RuntimeError("ema_weights(): no parameter has an average; construct with ema_decay= and take a step")
+        weights = [p.detach().clone() for p in params]
+        self._internals.shows_averages = True
+        try:
+            with torch.no_grad():
+                for p in params:
+                    p.copy_(self.state[p]["param_ema"])
+            yield
+        finally:
+            self._internals.shows_averages = False
+            _bring_back(params, weights)
+
+    def _refuse_while_averages_are_shown(self, what: str) -> None:
+        if self._internals.shows_averages:
+            raise RuntimeError(
+                f"{what} within ema_weights(): the parameters hold their averages and the weights are set aside. "
+                "Leave the `with` block first."
+            )
 
     # --- state ------------------------------------------------------------------------------------------------------
-
-    def _complete_state(self, name: str, p: torch.Tensor, amsgrad: bool, steps_seen: set[int]) -> None:
-        """Create what is missing in a parameter's state and bring the rest into the form that kernels read.
-
-        Loaded steps may be numbers or tensors of any dtype, shape or device; loaded moments may have another dtype,
-        device or layout. A moment is only ever widened, except where a float64 model became a narrower one.
-        """
-        state = self.state[p]
-        local = local_view(p)
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=local.device)
-        else:
-            step = state["step"]
-            if not isinstance(step, torch.Tensor):
-                step = torch.tensor(float(step))
-            if step.dtype != torch.float32 or step.device != local.device or step.numel() != 1:
-                step = step.detach().reshape(()).to(device=local.device, dtype=torch.float32)
-            if step.data_ptr() in steps_seen:
-                step = step.clone()  # one counter for several parameters would be advanced several times
-            state["step"] = step
-        steps_seen.add(state["step"].data_ptr())
-
-        dtype = moment_dtype(p.dtype)
-        for key in _moment_keys(amsgrad):
-            if key not in state:
-                state[key] = moment_like(p)
-                continue
-            moment = state[key]
-            if moment.dtype == torch.float64 and dtype != torch.float64 and p.dtype != torch.float64:
-                warnings.warn(
-                    f"{key} of {name} is float64 and its parameter {p.dtype}: it is rounded to {dtype}", stacklevel=2
-                )
-            moment = moment.to(device=p.device, dtype=dtype)
-            if not same_layout(local_view(moment), local):
-                moment = moment_like(p).copy_(moment)
-            if moment is not state[key]:
-                state[key] = moment
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load the state of a FusedAdamW, `torch.optim.AdamW` or `torch.optim.Adam`, at any step.
 
         Every state tensor keeps its own dtype (torch's own method casts moments to the parameter's) and is copied to
         its parameter's device, so that nothing is shared with the optimizer it came from. 16-bit moments are widened,
-        exactly, by the next step.
+        exactly, by the next step. Options that torch does not know (`ema_decay`, say) and that the loaded groups do not
+        have either stay as they are.
 
         Raises:
             ValueError: the groups do not match. RuntimeError: an option that cannot be met.
         """
+        self._refuse_while_averages_are_shown("load_state_dict()")
+        kept: list[dict[str, Any]] = []
 
         def shield(_: Optimizer, loaded: StateDict) -> StateDict:
             states = {
@@ -378,9 +427,13 @@ class FusedAdamW(Optimizer):
             for index, group in enumerate(loaded["param_groups"]):
                 if group.get("differentiable"):
                     _check_options({"differentiable": True}, f"loaded param_groups[{index}]")
+            for own, group in zip(self.param_groups, loaded["param_groups"], strict=False):  # torch compares lengths
+                kept.append({key: own[key] for key in FURTHER_OPTIONS if key in own and key not in group})
             return {**loaded, "state": states}
 
         def unshield(_: Optimizer) -> None:
+            for group, options in zip(self.param_groups, kept, strict=True):
+                group.update(options)
             for p, entry in self.state.items():
                 if not isinstance(entry, dict):
                     continue
@@ -397,16 +450,18 @@ class FusedAdamW(Optimizer):
             after.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What pickle and deepcopy keep: torch's three entries and the backend's name. Caches are rebuilt."""
-        return {**super().__getstate__(), "_backend": self._backend}
+        """What pickle and deepcopy keep: torch's three entries and what was chosen for the optimizer as a whole."""
+        own = self._internals
+        return {**super().__getstate__(), "_internals": _Internals(own.options, own.guards)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from pickle or `load_state_dict`; older or foreign groups get the options they lack."""
         super().__setstate__(state)
-        self._plan = self._watch = None
-        for group in self.param_groups:
-            for key, default in self.defaults.items():
-                group.setdefault(key, default)
+        self.__dict__.setdefault("_internals", _Internals(Options(), {"skip_nonfinite": False, "max_skip_norm": None}))
+        if self.defaults.get("fused"):
+            self._step_supports_amp_scaling = True
+        self._internals.stepper = None
+        self._complete_groups()
 
 
 # --- checks and names -------------------------------------------------------------------------------------------------
@@ -439,31 +494,46 @@ def _check_options(options: dict[str, Any], where: str) -> None:
             raise ValueError(f"{where}: Tensor betas[{index}] must be 1-element, not of shape {tuple(beta.shape)}")
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"{where}: Invalid beta parameter at index {index}: {beta}; expected 0 <= beta < 1")
-    check_hyperparameters(_group_hyperparameters(options), where)
+    check_hyperparameters(group_hyperparameters(options), where)
+    ema_format = options.get("ema_format", EMA_FORMATS[0])
+    if ema_format not in EMA_FORMATS:
+        raise ValueError(f"{where}: ema_format is {ema_format!r}; expected one of {', '.join(EMA_FORMATS)}")
     if options["fused"] is False:
         raise RuntimeError(f"{where}: fused=False: FusedAdamW has no other implementation. Use torch.optim.AdamW.")
     if options["fused"] and options["foreach"]:
         raise RuntimeError(f"{where}: `fused` and `foreach` cannot be `True` together.")
 
 
-def _group_hyperparameters(group: dict[str, Any]) -> Hyperparameters:
-    beta1, beta2 = group["betas"]
-    return Hyperparameters(group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
+def _bring_back(params: list[torch.Tensor], weights: list[torch.Tensor]) -> None:
+    """Write every weight that can be written, whatever happened to the others; raise the first error."""
+    error: BaseException | None = None
+    with torch.no_grad():
+        for p, weight in zip(params, weights, strict=True):
+            try:
+                p.copy_(weight)
+            except BaseException as failure:  # an interrupt, too, must not cost the other weights
+                error = error or failure
+    if error is not None:
+        raise error
 
 
-def _hyperparameters(param_groups: list[dict[str, Any]]) -> Iterator[Any]:
-    """Five entries a group, checked, in the order of a HyperRow."""
-    for index, group in enumerate(param_groups):
-        hyper = _group_hyperparameters(group)
-        check_hyperparameters(hyper, f"param_groups[{index}]")
-        yield from (hyper.lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay)
+def _check_skip_norm(value: Any) -> None:
+    """Refuse a limit that no norm could exceed, or that every norm would.
 
-
-def _param_name(param_groups: list[dict[str, Any]], group: int, index: int) -> str:
-    """The parameter's own name where the user gave names, else its place."""
-    names = param_groups[group].get("param_names")
-    place = f"param_groups[{group}]['params'][{index}]"
-    return f"parameter {names[index]!r} ({place})" if names is not None else place
+    Raises:
+        ValueError: saying what is accepted.
+    """
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
+        if value.device.type != "cpu":  # reading it would synchronise
+            return
+        value = value.item()
+    if value is None:
+        return
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not 0.0 < value < math.inf:
+        raise ValueError(
+            f"FusedAdamW: max_skip_norm is {value!r}; expected a finite number above 0, a one-element tensor, or None"
+        )
 
 
 def _copy_to(device: torch.device | None, value: Any) -> Any:
@@ -476,71 +546,3 @@ def _copy_to(device: torch.device | None, value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_copy_to(device, item) for item in value)
     return copy.deepcopy(value)
-
-
-def _moment_keys(amsgrad: bool) -> tuple[str, ...]:
-    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
-
-
-def _addresses(local: torch.Tensor, state: dict[str, Any]) -> dict[str, int]:
-    """Where a parameter and its state live; the user's own entries beside them are not ours to look at."""
-    found = {key: local_view(state[key]).data_ptr() for key in STATE_KEYS if isinstance(state.get(key), torch.Tensor)}
-    return {"param": local.data_ptr(), **found}
-
-
-def _local_grad(p: torch.Tensor) -> torch.Tensor:
-    """The local, real memory of a parameter's gradient, placed as the parameter is."""
-    grad = p.grad
-    assert grad is not None
-    placements = getattr(p, "placements", None)
-    if placements is not None and getattr(grad, "placements", placements) != placements:
-        grad = grad.redistribute(p.device_mesh, placements)  # type: ignore[attr-defined]
-    return local_grad(grad)
-
-
-def _check_adoptable(name: str, p: torch.Tensor, local: torch.Tensor, state: dict[str, Any]) -> None:
-    """Refuse a loaded or edited state that cannot be completed without losing something.
-
-    Raises:
-        ValueError, TypeError: naming the parameter, what it was, and the way out.
-    """
-    known = [key for key in ("step", "exp_avg", "exp_avg_sq") if key in state]
-    if known and len(known) != 3:
-        missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in state]
-        raise ValueError(
-            f"the state of {name} has {', '.join(known)} but no {', '.join(missing)}; expected all three or none. "
-            "Load a complete state, or delete the entry to start anew."
-        )
-    for key in (*known, "max_exp_avg_sq"):
-        if isinstance(state.get(key), torch.Tensor) and state[key].device.type == "meta":
-            raise ValueError(
-                f"{key} of {name} is on the meta device and has no values; expected a tensor that has. Load the state "
-                "again without mapping it to meta, or delete the entry to start anew."
-            )
-    if "step" in known:
-        step = state["step"]
-        if isinstance(step, torch.Tensor) and step.numel() != 1:
-            raise ValueError(f"step of {name} has shape {tuple(step.shape)}; expected one element.")
-        on_device = isinstance(step, torch.Tensor) and step.device == local.device and step.device.type != "cpu"
-        if not on_device and not (0 <= float(step) <= MAX_STEP and float(step) == int(step)):
-            raise ValueError(f"step of {name} is {float(step)}; expected a whole number from 0 to {MAX_STEP}.")
-    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-        moment = state.get(key)
-        if moment is None:
-            continue
-        if not isinstance(moment, torch.Tensor) or not (moment.is_floating_point() or moment.is_complex()):
-            kind = moment.dtype if isinstance(moment, torch.Tensor) else type(moment).__name__
-            raise TypeError(f"{key} of {name} is {kind}; expected a floating-point tensor.")
-        if moment.layout != torch.strided:
-            raise TypeError(
-                f"{key} of {name} has layout {moment.layout}; expected a strided tensor. Make it dense with "
-                "`.to_dense()`."
-            )
-        if moment.is_complex() != p.is_complex():
-            raise TypeError(f"{key} of {name} has dtype {moment.dtype} beside a {p.dtype} parameter.")
-        view = local_view(moment)
-        if view.shape != local.shape:
-            raise ValueError(
-                f"{key} of {name} has shape {tuple(view.shape)}, the parameter {tuple(local.shape)}; expected the same "
-                "shape. If the parameter was resized, delete its entry in the optimizer's state."
-            )

@@ -18,7 +18,7 @@ import torch
 from adamw_kernels.backends import native_module
 from adamw_kernels.formats import DLPACK_DTYPES
 
-STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "param_ema")
 
 # Stands for the address of a gradient without elements: see kEmptyGradient in csrc/tensor_watch.cpp.
 EMPTY_GRADIENT = 16

@@ -1,4 +1,4 @@
-"""Command line: `python -m bench [list|throughput|host|accuracy|plot]`; without a command: all but list."""
+"""Command line: `python -m bench [list|throughput|loop|memory|host|accuracy|plot]`; without a command: all but list."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from bench import accuracy, contenders, host, machine, roof, rows, throughput
+from bench import accuracy, contenders, host, loop, machine, memory, roof, rows, throughput
 from bench.cases import cases
 from bench.disturbance import NOTICEABLE_CORES
 from bench.machine import Environment
+from bench.workloads import WORKLOADS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -24,20 +25,21 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     options.device = torch.device(options.device)
-    options.case = options.case or list(cases())
     options.dtype = options.dtype or list(DTYPES)
     commands: dict[str | None, list[Callable[[argparse.Namespace, Environment, Path], bool]]] = {
         "list": [run_list],
         "throughput": [run_throughput],
+        "loop": [run_loop],
+        "memory": [run_memory],
         "host": [run_host],
         "accuracy": [run_accuracy],
         "plot": [run_plot],
-        None: [run_throughput, run_host, run_accuracy, run_plot],
+        None: [run_throughput, run_loop, run_memory, run_host, run_accuracy, run_plot],
     }
     environment = machine.environment(options.device)
     folder = options.results or machine.results_folder(environment.machine)
     try:
-        rows.check_headers(folder, rows.ThroughputRow, rows.RoofRow, rows.HostRow, rows.AccuracyRow)
+        rows.check_headers(folder, *rows.ROW_TYPES)
     except rows.SchemaError as error:
         print(error, file=sys.stderr)
         return 1
@@ -64,14 +66,29 @@ def parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="only this optimizer; repeatable",
     )
-    add("--seconds", type=float, default=argparse.SUPPRESS, help="sampling time per case and dtype (default: 6)")
+    add(
+        "--workload",
+        action="append",
+        choices=list(WORKLOADS),
+        default=argparse.SUPPRESS,
+        help="only this part of a training loop; repeatable",
+    )
+    add(
+        "--seconds",
+        type=float,
+        default=argparse.SUPPRESS,
+        help="sampling time per case and dtype, and of `loop` per workload (default: 6)",
+    )
     add("--results", type=Path, default=argparse.SUPPRESS, help="folder of rows and figures (default: the machine's)")
     result = argparse.ArgumentParser(prog="python -m bench", description=__doc__, parents=[shared])
-    result.set_defaults(device=default, threads=None, case=None, dtype=None, contender=None, seconds=6.0, results=None)
+    result.set_defaults(device=default, threads=None, case=None, dtype=None, contender=None, workload=None)
+    result.set_defaults(seconds=6.0, results=None)
     commands = result.add_subparsers(dest="command")
     for name, summary in (
         ("list", "cases, contenders and why some cannot run"),
         ("throughput", "time of a step and GB/s of every case"),
+        ("loop", "time of clipping, scaling, guarding, step and EMA against the usual training loop"),
+        ("memory", "peak memory of training with gradients kept and released"),
         ("host", "Python cost per tensor and allocations of a warm step"),
         ("accuracy", "error of the weights against float64 AdamW"),
         ("plot", "figures from the rows"),
@@ -99,7 +116,7 @@ def run_throughput(options: argparse.Namespace, environment: Environment, folder
     """Measures every case in every dtype; rows are written after each, so an interrupted run keeps them."""
     report_unavailable(options)
     passed = True
-    for name in options.case:
+    for name in options.case or cases():
         for dtype in options.dtype:
             print(f"{name}, {dtype}", flush=True)
             result, failures = throughput.measure(
@@ -109,6 +126,38 @@ def run_throughput(options: argparse.Namespace, environment: Environment, folder
             rows.append(folder, environment, result)
             report(result)
     return passed
+
+
+def run_loop(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
+    """Measures what follows backward in a training loop, against the usual loop; rows are written after each dtype."""
+    report_unavailable(options)
+    passed = True
+    for name in options.case or loop.CASES:
+        for dtype in options.dtype:
+            print(f"loop, {name}, {dtype}", flush=True)
+            result, failures = loop.measure(
+                cases()[name],
+                options.device,
+                DTYPES[dtype],
+                seconds=options.seconds,
+                only=options.contender,
+                names=options.workload,
+            )
+            passed = passed and not failures
+            rows.append(folder, environment, result)
+            report(result)
+    return passed
+
+
+def run_memory(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
+    """Measures the peak memory of training, each in a process of its own."""
+    print("memory", flush=True)
+    result, failures = memory.measure(options.device, only=options.contender)
+    for failure in failures:
+        print(f"  {failure}", file=sys.stderr, flush=True)
+    rows.append(folder, environment, result)
+    report(result)
+    return not failures
 
 
 def run_host(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
@@ -132,10 +181,13 @@ def run_accuracy(options: argparse.Namespace, environment: Environment, folder: 
 def run_plot(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
     """Draws the figures from the rows in the folder."""
     try:
-        from bench import plot
+        from bench import plot, plot_loop
     except ImportError as error:
         print(f"plot: {error}. Install matplotlib (`pip install matplotlib`) and run `python -m bench plot`.")
         return False
+    loop_figure = plot_loop.draw(folder)
+    if loop_figure is not None:
+        print(loop_figure)
     try:
         print(plot.draw(folder))
     except plot.NoRowsError as error:
@@ -177,6 +229,18 @@ def describe(row: rows.Row) -> str:
     if isinstance(row, rows.AccuracyRow):
         setting = f"lr {row.lr:g}, weight decay {row.weight_decay:g}, beta2 {row.beta2:g}"
         return f"{row.contender:14} {setting:42} relative error {row.relative_error:.2e}"
+    if isinstance(row, rows.MemoryRow):
+        return (
+            f"{row.contender:14} gradients {row.gradients:8} peak {row.peak_mib:7.1f} MiB: "
+            f"weights {row.weight_mib:.1f}, state {row.state_mib:.1f}, gradients and the rest {row.transient_mib:.1f}"
+        )
+    if isinstance(row, rows.LoopRow):
+        speedup = f"{row.speedup:6.2f}x the usual loop" if row.speedup is not None else ""
+        speedup += f" ({row.expected_speedup:.2f}x from bytes)" if row.expected_speedup is not None else ""
+        return (
+            f"{row.workload:11} {row.contender:11} {row.median_us:12.1f} us [{row.p20_us:.1f}, {row.p80_us:.1f}]  "
+            f"{row.bytes_per_param:4.1f} B/param  {row.gb_s:7.1f} GB/s  {speedup}  check {row.check_error:.2f}"
+        )
     share = f"{row.pct_roof:5.1f} % of {row.roof_kernel}" if row.pct_roof is not None else ""
     speedup = f"{row.speedup:6.2f}x torch fused" if row.speedup is not None else ""
     return (

@@ -103,7 +103,8 @@ def check(optimizer: Optimizer, inputs: Inputs, truth: list[torch.Tensor]) -> fl
         optimizer.step()
     worst = 0.0
     for index, (param, before, wanted, lr) in enumerate(zip(params, inputs.params, truth, lrs, strict=True)):
-        ratio = worst_ratio(param.detach(), before, wanted, lr)
+        tolerance = TOLERANCES[param.dtype]
+        ratio = worst_ratio(param.detach(), before, wanted, lr, steps=len(STEP_FACTORS), tolerance=tolerance)
         if not ratio <= 1.0:  # NaN fails too
             raise CheckFailedError(
                 f"{inputs.case.name}, parameter {index} of shape {tuple(param.shape)} and dtype {param.dtype}: after "
@@ -113,9 +114,10 @@ def check(optimizer: Optimizer, inputs: Inputs, truth: list[torch.Tensor]) -> fl
     return worst
 
 
-def worst_ratio(param: torch.Tensor, before: torch.Tensor, wanted: torch.Tensor, lr: float) -> float:
-    """The largest error of one parameter over its tolerance."""
-    steps, tolerance = len(STEP_FACTORS), TOLERANCES[param.dtype]
+def worst_ratio(
+    param: torch.Tensor, before: torch.Tensor, wanted: torch.Tensor, lr: float, *, steps: int, tolerance: Tolerance
+) -> float:
+    """The largest error of one parameter after `steps` steps over its tolerance."""
     worst = 0.0
     for got, start, want in zip(split(param), split(before), split(wanted), strict=True):
         # The parameter is rounded at its size on the way, so the larger of both ends plus a step counts.

@@ -42,7 +42,8 @@ class Contender:
     Attributes:
         name: How rows and the command line call it.
         title: How figures call it.
-        build: Makes the optimizer from parameter groups that carry their own lr and weight_decay.
+        build: Makes the optimizer from parameter groups that carry their own lr and weight_decay, and from further
+            options of its constructor by name.
         devices: Device types it is made for.
         kernels: Full names of the functions that launch its kernels, and what stands in for each of them when only
             the host's work per tensor is timed. Empty where that cannot be told apart.
@@ -51,7 +52,7 @@ class Contender:
 
     name: str
     title: str
-    build: Callable[[ParamGroups], Optimizer]
+    build: Callable[..., Optimizer]
     devices: tuple[str, ...]
     kernels: tuple[tuple[str, Callable[..., object]], ...] = ()
     is_ours: bool = False
@@ -79,24 +80,24 @@ class Contender:
             yield
 
 
-def ours(backend: str) -> Callable[[ParamGroups], Optimizer]:
+def ours(backend: str) -> Callable[..., Optimizer]:
     """A builder of FusedAdamW on one backend."""
 
-    def build(groups: ParamGroups) -> Optimizer:
+    def build(groups: ParamGroups, **options: object) -> Optimizer:
         forced = os.environ.get(BACKEND_VARIABLE) or backend
         if forced != backend:
             raise RuntimeError(f"{BACKEND_VARIABLE}={forced} would replace backend={backend!r}; unset it")
         fused_adamw: Callable[..., Optimizer] = importlib.import_module("adamw_kernels").FusedAdamW
-        return fused_adamw(groups, betas=BETAS, eps=EPS, backend=backend)
+        return fused_adamw(groups, betas=BETAS, eps=EPS, backend=backend, **options)
 
     return build
 
 
-def torch_adamw(**implementation: bool) -> Callable[[ParamGroups], Optimizer]:
+def torch_adamw(**implementation: bool) -> Callable[..., Optimizer]:
     """A builder of torch.optim.AdamW in one implementation."""
 
-    def build(groups: ParamGroups) -> Optimizer:
-        return torch.optim.AdamW(groups, betas=BETAS, eps=EPS, **implementation)
+    def build(groups: ParamGroups, **options: Any) -> Optimizer:
+        return torch.optim.AdamW(groups, betas=BETAS, eps=EPS, **implementation, **options)
 
     return build
 

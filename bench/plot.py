@@ -1,4 +1,4 @@
-"""The figure of a machine, drawn from its rows and from nothing else.
+"""The figure of steps on a machine, drawn from its rows and from nothing else (`plot_loop.py`: that of loops).
 
 Left: how many times faster than torch's fused AdamW a step is. Right: GB/s of the cases that exceed the caches, and
 the roof that was measured in the same rounds. Bars are medians, whiskers reach from the 20th to the 80th percentile.
@@ -147,6 +147,16 @@ def draw_bandwidths(axes: Axes, records: list[Record]) -> None:
 
 def annotate(figure: Figure, records: list[Record]) -> None:
     """The title, and what was measured where and when."""
+    lines = [
+        f"Medians of {rounds_of(records)} interleaved rounds; whiskers: 20th to 80th percentile. "
+        "Every optimizer was checked against float64 AdamW on these tensors before it was timed.",
+        *unequal_bytes(records),
+    ]
+    write_around(figure, records, "One AdamW step", lines)
+
+
+def write_around(figure: Figure, records: list[Record], title: str, lines: list[str]) -> None:
+    """`title` and the device above; `lines`, disturbances and versions below."""
     newest = max(records, key=lambda row: row["run"])
     threads = f", {newest['threads']} threads" if newest["machine"].startswith("cpu") else ""
     ours = f"adamw_kernels {newest['package']}" if newest["package"] else "without adamw_kernels"
@@ -158,18 +168,16 @@ def annotate(figure: Figure, records: list[Record]) -> None:
         newest["commit"] and f"commit {newest['commit']}{' with changes' if newest['dirty'] else ''}",
         newest["run"][:10],
     ]
-    rounds = sorted({row["rounds"] for row in records})
-    spans = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else str(rounds[0])
-    lines = [
-        f"Medians of {spans} interleaved rounds; whiskers: 20th to 80th percentile. "
-        "Every optimizer was checked against float64 AdamW on these tensors before it was timed.",
-        *unequal_bytes(records),
-        *disturbed(records),
-        "  ·  ".join(fact for fact in facts if fact),
-    ]
-    title = f"One AdamW step on {newest['device']}{threads}"
-    figure.text(0.012, 0.975, title, fontsize=14, fontweight="bold", color=INK, va="top")
+    lines = [*lines, *disturbed(records), "  ·  ".join(fact for fact in facts if fact)]
+    where = f"{title} on {newest['device']}{threads}"
+    figure.text(0.012, 0.975, where, fontsize=14, fontweight="bold", color=INK, va="top")
     figure.text(0.012, 0.018, "\n".join(lines), fontsize=8, color=QUIET, va="bottom", linespacing=1.5)
+
+
+def rounds_of(records: list[Record]) -> str:
+    """How many rounds the rows had."""
+    rounds = sorted({row["rounds"] for row in records})
+    return f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else str(rounds[0])
 
 
 def unequal_bytes(records: list[Record]) -> list[str]:

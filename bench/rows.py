@@ -176,7 +176,102 @@ class AccuracyRow:
     relative_error: float
 
 
-Row = ThroughputRow | RoofRow | HostRow | AccuracyRow
+@dataclass(frozen=True)
+class LoopRow:
+    """One side of one workload of a training loop, on one case in one dtype.
+
+    Attributes:
+        case: Name of the case.
+        tensors: Number of tensors.
+        groups: Number of parameter groups.
+        params: Number of elements.
+        dtype: dtype of parameters and gradients.
+        workload: What is timed (`workloads.py`).
+        contender: "usual" for the loop around torch's fused AdamW, otherwise the name of our optimizer.
+        state_dtype: dtypes of the optimizer's state, joined by "+".
+        bytes_per_param: Bytes that all passes of this side read and write per parameter.
+        rounds: Number of interleaved rounds, each one sample.
+        steps_per_sample: Steps timed together in a sample; times are per step.
+        median_us: Median time of a step: CUDA events on a GPU, wall-clock on a CPU.
+        p20_us: 20th percentile.
+        p80_us: 80th percentile.
+        wall_us: Median wall-clock time of a step, final synchronisation included.
+        gb_s: 1e9 bytes a second, from bytes_per_param and median_us.
+        expected_speedup: bytes_per_param of the usual loop over this side's; empty where caches make it meaningless.
+        speedup: Time of the usual loop over this side's, median of the per-round ratios.
+        speedup_p20: 20th percentile.
+        speedup_p80: 80th percentile.
+        checked_steps: Steps run before timing, those with an infinite gradient included.
+        check_error: Largest error of a weight or of its average after them, as a fraction of the tolerance.
+        norm_error: Relative error of the gradients' norm against float64; empty if none is taken.
+        other_cores: Cores that other processes kept busy during the rounds (`disturbance.py`).
+    """
+
+    file: ClassVar[str] = "loop.csv"
+
+    case: str
+    tensors: int
+    groups: int
+    params: int
+    dtype: str
+    workload: str
+    contender: str
+    state_dtype: str
+    bytes_per_param: float
+    rounds: int
+    steps_per_sample: int
+    median_us: float
+    p20_us: float
+    p80_us: float
+    wall_us: float
+    gb_s: float
+    expected_speedup: float | None
+    speedup: float | None
+    speedup_p20: float | None
+    speedup_p80: float | None
+    checked_steps: int
+    check_error: float
+    norm_error: float | None
+    other_cores: float | None
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """Peak memory of training, in a process of its own.
+
+    Attributes:
+        contender: Name of the optimizer.
+        gradients: "kept" until the step, or "released": stepped and freed as they arrive in backward.
+        tensors: Number of tensors.
+        params: Number of elements, all float32.
+        iterations: Training iterations the peak was taken over.
+        weight_mib: Size of the parameters, and so of all their gradients.
+        state_mib: Size of the optimizer's state.
+        peak_mib: Largest memory at any time, less what the process held before the model was made.
+        transient_mib: peak_mib less weights and state: gradients, activations, work space.
+        largest_grad_mib: Size of the largest gradient: what transient_mib can at best come down to.
+        source: Where the peak was read: "VmHWM", "ru_maxrss" or "CUDA allocator".
+        loss_error: Largest relative difference of a loss from that of torch's fused AdamW.
+    """
+
+    file: ClassVar[str] = "memory.csv"
+
+    contender: str
+    gradients: str
+    tensors: int
+    params: int
+    iterations: int
+    weight_mib: float
+    state_mib: float
+    peak_mib: float
+    transient_mib: float
+    largest_grad_mib: float
+    source: str
+    loss_error: float
+
+
+Row = ThroughputRow | RoofRow | HostRow | AccuracyRow | LoopRow | MemoryRow
+ROW_TYPES: tuple[type[Row], ...] = (ThroughputRow, RoofRow, HostRow, AccuracyRow, LoopRow, MemoryRow)
 
 
 def columns(row_type: type[Row]) -> list[str]:

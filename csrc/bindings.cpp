@@ -29,6 +29,12 @@ py::dict layout() {
   result["maximize"] = kMaximize;
   result["l2"] = kL2;
   result["float64"] = kFloat64;
+  result["cautious"] = kCautious;
+  result["cautious_decay"] = kCautiousDecay;
+  result["clip"] = kClip;
+  result["ema"] = kEma;
+  result["ema_bfloat16"] = kEmaBfloat16;
+  result["ema_warmup"] = kEmaWarmup;
   result["param_dtype_shift"] = kParamDtypeShift;
   result["grad_dtype_shift"] = kGradDtypeShift;
   result["dtype_codes"] = py::make_tuple<py::return_value_policy::copy>(
@@ -36,10 +42,19 @@ py::dict layout() {
   result["from_float32"] = kFromFloat32;
   result["from_float64"] = kFromFloat64;
   result["chunk_tensor_shift"] = kChunkTensorShift;
+  result["key_offset"] = kKeyOffset;
+  result["norm_chunk"] = kNormChunk;
+  result["norm_lanes"] = kNormLanes;
+  result["norm_domain_bytes"] = sizeof(NormDomain);
+  result["signals_bytes"] = sizeof(Signals);
+  result["decision_norms_offset"] = offsetof(Decision, norms);
+  result["measure"] = kMeasure;
+  result["decide"] = kDecide;
+  result["update"] = kUpdate;
   return result;
 }
 
-void step_on_cpu(int64_t table, int isa, int num_threads) {
+void step_on_cpu(int64_t table, int64_t stages, int isa, int num_threads) {
   if (table == 0) throw std::invalid_argument("table: address 0");
   const auto isas = cpu_isas();
   if (isa < 0 || isa >= static_cast<int>(isas.size()) || !isas[isa].supported) {
@@ -47,7 +62,7 @@ void step_on_cpu(int64_t table, int isa, int num_threads) {
   }
   if (num_threads < 1) throw std::invalid_argument("num_threads: " + std::to_string(num_threads) + " < 1");
   const py::gil_scoped_release release;
-  cpu_step(reinterpret_cast<const void*>(table), isa, num_threads);
+  cpu_step(reinterpret_cast<const void*>(table), stages, isa, num_threads);
 }
 
 #ifdef ADAMW_KERNELS_CUDA
@@ -57,11 +72,11 @@ void throw_on(int error) {
                            " (cudaError_t " + std::to_string(error) + ")");
 }
 
-void step_on_cuda(int64_t table, int64_t batches, int64_t num_batches, int64_t stream) {
+void step_on_cuda(int64_t table, int64_t stages, int64_t batches, int64_t num_batches, int64_t stream) {
   if (table == 0) throw std::invalid_argument("table: address 0");
   const py::gil_scoped_release unlocked;  // a full launch queue makes the host wait
-  throw_on(cuda_step(reinterpret_cast<const void*>(table), reinterpret_cast<const CudaBatch*>(batches), num_batches,
-                     stream));
+  throw_on(cuda_step(reinterpret_cast<const void*>(table), stages, reinterpret_cast<const CudaBatch*>(batches),
+                     num_batches, stream));
 }
 
 void load_on_cuda(int64_t batches, int64_t num_batches) {
@@ -83,13 +98,14 @@ PYBIND11_MODULE(_C, m) {
         return result;
       },
       "(name, whether this CPU runs it) of every ISA compiled in, best last.");
-  m.def("cpu_step", &step_on_cpu, py::arg("table"), py::arg("isa"), py::arg("num_threads"),
-        "One step over the launch table at address `table`; `isa` is a position in cpu_isas().");
+  m.def("cpu_step", &step_on_cpu, py::arg("table"), py::arg("stages"), py::arg("isa"), py::arg("num_threads"),
+        "Stages of a step over the launch table at address `table`; `isa` is a position in cpu_isas().");
 
 #ifdef ADAMW_KERNELS_CUDA
   m.attr("cuda_architectures") = ADAMW_KERNELS_CUDA;
-  m.def("cuda_step", &step_on_cuda, py::arg("table"), py::arg("batches"), py::arg("num_batches"), py::arg("stream"),
-        "One step over the launch table at host address `table`, asynchronous on `stream`, a cudaStream_t.");
+  m.def("cuda_step", &step_on_cuda, py::arg("table"), py::arg("stages"), py::arg("batches"), py::arg("num_batches"),
+        py::arg("stream"),
+        "Stages of a step over the launch table at host address `table`, asynchronous on `stream`, a cudaStream_t.");
   m.def("cuda_load", &load_on_cuda, py::arg("batches"), py::arg("num_batches"),
         "Loads every kernel that these batches launch; throws where one cannot run on the current device.");
 #else

@@ -79,9 +79,13 @@ std::vector<CpuIsa> cpu_isas() {
   return result;
 }
 
-void cpu_step(const void* table_address, int isa, int num_threads) {
+void cpu_step(const void* table_address, int64_t stages, int isa, int num_threads) {
   const auto& table = *static_cast<const LaunchTable*>(table_address);
   const CpuLoops& loops = *kIsas[isa].loops;
+  const auto decide = [&] {
+    if (stages & kMeasure) loops.sum_up(table_address);
+    if (stages & kDecide) loops.decide(table_address);
+  };
 
   const auto* rows = reinterpret_cast<const TensorRow*>(table.rows);
   int64_t elements = 0;
@@ -93,25 +97,44 @@ void cpu_step(const void* table_address, int isa, int num_threads) {
 
 #ifdef _OPENMP
   if (threads > 1) {
-    const int64_t grain = std::clamp<int64_t>(table.num_chunks / (threads * 16), 1, kMaxGrain);
+    const auto grain_of = [threads](int64_t chunks) {
+      return std::clamp<int64_t>(chunks / (threads * 16), 1, kMaxGrain);
+    };
+    const int64_t norm_chunks = stages & kMeasure ? table.num_norm_chunks : 0;
+    const int64_t norm_grain = grain_of(norm_chunks), grain = grain_of(table.num_chunks);
+    const int64_t norm_grains = (norm_chunks + norm_grain - 1) / norm_grain;
     const int64_t grains = (table.num_chunks + grain - 1) / grain;
 #pragma omp parallel num_threads(threads)
     {
       const DefaultFloatEnvironment environment;
-      const int64_t count = omp_get_num_threads(), self = omp_get_thread_num();
-      loops.prepare(table_address, table.num_tensors * self / count, table.num_tensors * (self + 1) / count);
+      if (stages & (kMeasure | kDecide)) {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < norm_grains; ++i) {
+          loops.measure(table_address, i * norm_grain, std::min(norm_chunks, (i + 1) * norm_grain));
+        }
+#pragma omp single
+        decide();
+      }
+      if (stages & kUpdate) {
+        const int64_t count = omp_get_num_threads(), self = omp_get_thread_num();
+        loops.prepare(table_address, table.num_tensors * self / count, table.num_tensors * (self + 1) / count);
 #pragma omp barrier
 #pragma omp for schedule(dynamic, 1) nowait
-      for (int64_t i = 0; i < grains; ++i) {
-        loops.update(table_address, i * grain, std::min(table.num_chunks, (i + 1) * grain));
+        for (int64_t i = 0; i < grains; ++i) {
+          loops.update(table_address, i * grain, std::min(table.num_chunks, (i + 1) * grain));
+        }
       }
     }
     return;
   }
 #endif
   const DefaultFloatEnvironment environment;
-  loops.prepare(table_address, 0, table.num_tensors);
-  loops.update(table_address, 0, table.num_chunks);
+  if (stages & kMeasure) loops.measure(table_address, 0, table.num_norm_chunks);
+  decide();
+  if (stages & kUpdate) {
+    loops.prepare(table_address, 0, table.num_tensors);
+    loops.update(table_address, 0, table.num_chunks);
+  }
 }
 
 }  // namespace adamw_kernels

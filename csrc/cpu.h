@@ -15,7 +15,7 @@ struct CpuIsa {
 };
 std::vector<CpuIsa> cpu_isas();
 
-// One step: prepare, then update, on up to `num_threads` threads. `isa` indexes cpu_isas().
-void cpu_step(const void* table, int isa, int num_threads);
+// These stages (kMeasure, kDecide, kUpdate) of a step on up to `num_threads` threads. `isa` indexes cpu_isas().
+void cpu_step(const void* table, int64_t stages, int isa, int num_threads);
 
 }  // namespace adamw_kernels

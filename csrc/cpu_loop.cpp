@@ -4,6 +4,7 @@
 // No STL here and nothing with external linkage but the table at the end: see rule.h.
 #include "cpu_loop.h"
 
+#include "philox.h"
 #include "rule.h"
 
 namespace {
@@ -18,9 +19,15 @@ struct Chunk {
   int64_t end;
 };
 
+#ifdef __clang__
+#define ADAMW_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define ADAMW_VECTORIZE _Pragma("GCC ivdep")
+#endif
+
 // ivdep, not restrict: operands of one tensor never overlap across elements (the launch table refuses that), but a
 // gradient may be its parameter itself, which is read before the same element is written.
-template <bool kWithAmsgrad, bool kWithL2, typename P, typename G>
+template <bool kWithAmsgrad, bool kWithVariants, typename P, typename G>
 void update_elements(const Chunk& chunk) {
   using T = typename compute_type<P>::type;
   P* p = reinterpret_cast<P*>(chunk.row->param);
@@ -29,16 +36,13 @@ void update_elements(const Chunk& chunk) {
   T* v = reinterpret_cast<T*>(chunk.row->exp_avg_sq);
   T* v_max = reinterpret_cast<T*>(chunk.row->max_exp_avg_sq);
   const Coefficients<T> c = *static_cast<const Coefficients<T>*>(chunk.coefficients);
-#ifdef __clang__
-#pragma clang loop vectorize(assume_safety)
-#else
-#pragma GCC ivdep
-#endif
+  const int64_t flags = chunk.row->flags;
+  ADAMW_VECTORIZE
   for (int64_t i = chunk.begin; i < chunk.end; ++i) {
     // All loads before the first store: the four arrays often lie a multiple of 4 KiB apart, and a load behind a
     // store to the same offset in another page would wait for it.
     T weight = load<T>(p + i), first = m[i], second = v[i], maximum = kWithAmsgrad ? v_max[i] : T(0);
-    adamw<kWithAmsgrad, kWithL2>(weight, load<T>(g + i), first, second, maximum, c);
+    adamw<kWithAmsgrad, kWithVariants>(weight, load<T>(g + i), first, second, maximum, c, flags);
     store(p + i, weight);
     m[i] = first;
     v[i] = second;
@@ -49,15 +53,34 @@ void update_elements(const Chunk& chunk) {
 template <typename P, typename G>
 void update_chunk(const Chunk& chunk) {
   const int64_t flags = chunk.row->flags;
-  switch (flags & (kAmsgrad | kL2)) {
-    case 0:
-      return update_elements<false, false, P, G>(chunk);
-    case kAmsgrad:
-      return update_elements<true, false, P, G>(chunk);
-    case kL2:
-      return update_elements<false, true, P, G>(chunk);
-    default:
-      return update_elements<true, true, P, G>(chunk);
+  if (flags & kAmsgrad) {
+    return flags & kVariants ? update_elements<true, true, P, G>(chunk) : update_elements<true, false, P, G>(chunk);
+  }
+  return flags & kVariants ? update_elements<false, true, P, G>(chunk) : update_elements<false, false, P, G>(chunk);
+}
+
+// The moving average of elements whose weights have just been stored and still are in the cache.
+template <typename P>
+void average_chunk(const Chunk& chunk) {
+  using T = typename compute_type<P>::type;
+  const P* p = reinterpret_cast<const P*>(chunk.row->param);
+  T* ema = reinterpret_cast<T*>(chunk.row->ema);
+  const T weight_of_new = static_cast<const Coefficients<T>*>(chunk.coefficients)->ema;
+  ADAMW_VECTORIZE
+  for (int64_t i = chunk.begin; i < chunk.end; ++i) ema[i] = moving_average(ema[i], load<T>(p + i), weight_of_new);
+}
+
+template <typename P>
+void average_chunk_in_bf16(const Chunk& chunk) {
+  const P* p = reinterpret_cast<const P*>(chunk.row->param);
+  bf16* ema = reinterpret_cast<bf16*>(chunk.row->ema);
+  const float weight_of_new = static_cast<const Coefficients<float>*>(chunk.coefficients)->ema;
+  uint64_t key;
+  memcpy(&key, static_cast<const char*>(chunk.coefficients) + kKeyOffset, sizeof(key));
+  ADAMW_VECTORIZE
+  for (int64_t i = chunk.begin; i < chunk.end; ++i) {
+    const float average = moving_average(load<float>(ema + i), load<float>(p + i), weight_of_new);
+    ema[i].bits = float_to_bf16_stochastic(average, random_word(key, i));
   }
 }
 
@@ -71,31 +94,142 @@ constexpr UpdateChunk kUpdateChunk[kDtypes][kDtypes] = {
     {update_chunk<double, float>, update_chunk<double, bf16>, update_chunk<double, fp16>, update_chunk<double, double>},
 };
 
-// --- the two stages ----------------------------------------------------------------------------------------
+// [parameter dtype][bfloat16 average]. A float64 parameter has no bfloat16 average.
+constexpr UpdateChunk kAverageChunk[kDtypes][2] = {
+    {average_chunk<float>, average_chunk_in_bf16<float>},
+    {average_chunk<bf16>, average_chunk_in_bf16<bf16>},
+    {average_chunk<fp16>, average_chunk_in_bf16<fp16>},
+    {average_chunk<double>, nullptr},
+};
+
+// Elements of an update after which their averages follow: the weights are read again from the first-level cache.
+constexpr int64_t kTile = 1 << 10;
+
+// --- sums of squares -------------------------------------------------------------------------------------
+
+// Adds the upper half of the lanes to the lower half until one is left.
+double fold(double* lanes, int64_t width) {
+  for (int64_t half = width / 2; half > 0; half /= 2) {
+    ADAMW_VECTORIZE
+    for (int64_t j = 0; j < half; ++j) lanes[j] = lanes[j] + lanes[j + half];
+  }
+  return lanes[0];
+}
+
+// Lanes above the first power of two that holds `count` elements stay zero; leaving them out changes no bit.
+int64_t lanes_in_use(int64_t count) {
+  int64_t width = 1;
+  while (width < count && width < kNormLanes) width *= 2;
+  return width;
+}
+
+template <typename G>
+double sum_of_squares(int64_t address, int64_t begin, int64_t end) {
+  const G* x = reinterpret_cast<const G*>(address) + begin;
+  const int64_t count = end - begin, width = lanes_in_use(count);
+  alignas(64) double lanes[kNormLanes];
+  int64_t i = count < width ? count : width;
+  ADAMW_VECTORIZE
+  for (int64_t j = 0; j < i; ++j) lanes[j] = square(x + j);
+  for (int64_t j = i; j < width; ++j) lanes[j] = 0.0;
+  // Four rows of lanes at a time: a lane is then loaded and stored once for four elements.
+  for (; i + 4 * kNormLanes <= count; i += 4 * kNormLanes) {
+    const G* row = x + i;
+    ADAMW_VECTORIZE
+    for (int64_t j = 0; j < kNormLanes; ++j) {
+      lanes[j] = (((lanes[j] + square(row + j)) + square(row + j + kNormLanes)) + square(row + j + 2 * kNormLanes)) +
+                 square(row + j + 3 * kNormLanes);
+    }
+  }
+  for (; i < count; i += kNormLanes) {
+    const G* row = x + i;
+    const int64_t rest = count - i < kNormLanes ? count - i : kNormLanes;
+    ADAMW_VECTORIZE
+    for (int64_t j = 0; j < rest; ++j) lanes[j] = lanes[j] + square(row + j);
+  }
+  return fold(lanes, width);
+}
+
+using SumOfSquares = double (*)(int64_t, int64_t, int64_t);
+
+// In the order of DtypeCode.
+constexpr SumOfSquares kSumOfSquares[kDtypes] = {sum_of_squares<float>, sum_of_squares<bf16>, sum_of_squares<fp16>,
+                                                 sum_of_squares<double>};
+
+double sum_of_partials(const double* partials, int64_t count) {
+  alignas(64) double lanes[kNormLanes];
+  const int64_t width = lanes_in_use(count);
+  for (int64_t j = 0; j < width; ++j) lanes[j] = 0.0;
+  for (int64_t i = 0; i < count; i += width) {
+    const int64_t rest = count - i < width ? count - i : width;
+    for (int64_t j = 0; j < rest; ++j) lanes[j] = lanes[j] + partials[i + j];
+  }
+  return fold(lanes, width);
+}
+
+// --- the stages --------------------------------------------------------------------------------------------
+
+void measure(const void* table_address, int64_t begin, int64_t end) {
+  const auto& table = *static_cast<const LaunchTable*>(table_address);
+  const auto* rows = reinterpret_cast<const TensorRow*>(table.rows);
+  const auto* grads = reinterpret_cast<const int64_t*>(table.grads);
+  const auto* chunks = reinterpret_cast<const int64_t*>(table.norm_chunks);
+  auto* partials = reinterpret_cast<double*>(table.partials);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t tensor = chunks[i] >> kChunkTensorShift;
+    const int64_t first = (chunks[i] & kChunkIndexMask) * kNormChunk;
+    const int64_t numel = rows[tensor].numel;
+    const int64_t last = first + kNormChunk < numel ? first + kNormChunk : numel;
+    const int64_t grad_dtype = (rows[tensor].flags >> kGradDtypeShift) & kDtypeMask;
+    partials[i] = grads[tensor] == 0 ? 0.0 : kSumOfSquares[grad_dtype](grads[tensor], first, last);
+  }
+}
+
+void sum_up(const void* table_address) {
+  const auto& table = *static_cast<const LaunchTable*>(table_address);
+  const auto* domains = reinterpret_cast<const NormDomain*>(table.domains);
+  const auto* partials = reinterpret_cast<const double*>(table.partials);
+  auto* totals = reinterpret_cast<double*>(table.totals);
+  for (int64_t i = 0; i < table.num_domains; ++i) {
+    totals[i] = sum_of_partials(partials + domains[i].begin, domains[i].end - domains[i].begin);
+  }
+  totals[table.num_domains] = skip_is_signalled(*reinterpret_cast<const Signals*>(table.signals));
+}
+
+void decide_step(const void* table_address) {
+  const auto& table = *static_cast<const LaunchTable*>(table_address);
+  decide(*reinterpret_cast<const Signals*>(table.signals), reinterpret_cast<const NormDomain*>(table.domains),
+         table.num_domains, reinterpret_cast<const double*>(table.totals), reinterpret_cast<Decision*>(table.decision));
+}
 
 void prepare(const void* table_address, int64_t begin, int64_t end) {
   const auto& table = *static_cast<const LaunchTable*>(table_address);
   const auto* rows = reinterpret_cast<const TensorRow*>(table.rows);
   const auto* grads = reinterpret_cast<const int64_t*>(table.grads);
   const auto* hypers = reinterpret_cast<const HyperRow*>(table.hypers);
+  const auto& decision = *reinterpret_cast<const Decision*>(table.decision);
+  if (decision.skip) return;
   // Neighbours mostly share group and step: two powers, a division and a root a tensor are then saved.
   Coefficients<double> c = {};
-  int64_t known_hyper = -1, known_flags = -1, known_t = -1;
+  int64_t known_hyper = -1, known_flags = -1, known_norm = -1, known_t = -1;
   for (int64_t i = begin; i < end; ++i) {
     if (grads[i] == 0) continue;
     const TensorRow& row = rows[i];
     auto* step = reinterpret_cast<float*>(row.step);
     *step = *step + 1.0f;
     const auto t = static_cast<int64_t>(*step);
-    if (row.hyper != known_hyper || row.flags != known_flags || t != known_t) {
-      c = coefficients(hypers[row.hyper], row.flags, t);
-      known_hyper = row.hyper, known_flags = row.flags, known_t = t;
+    if (row.hyper != known_hyper || row.flags != known_flags || row.norm != known_norm || t != known_t) {
+      c = coefficients(hypers[row.hyper], row.flags, t, decision.inv_scale, decision.norms[row.norm]);
+      known_hyper = row.hyper, known_flags = row.flags, known_norm = row.norm, known_t = t;
     }
     const int64_t out = table.coefficients + i * kCoefficientRowBytes;
     if (row.flags & kFloat64) {
       write_coefficients(reinterpret_cast<double*>(out), c);
     } else {
       write_coefficients(reinterpret_cast<float*>(out), c);
+    }
+    if (row.flags & kEmaBfloat16) {
+      *reinterpret_cast<uint64_t*>(out + kKeyOffset) = random_key(row.random_stream, t);
     }
   }
 }
@@ -105,19 +239,27 @@ void update(const void* table_address, int64_t begin, int64_t end) {
   const auto* rows = reinterpret_cast<const TensorRow*>(table.rows);
   const auto* grads = reinterpret_cast<const int64_t*>(table.grads);
   const auto* chunks = reinterpret_cast<const int64_t*>(table.chunks);
+  if (reinterpret_cast<const Decision*>(table.decision)->skip) return;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t tensor = chunks[i] >> kChunkTensorShift;
     if (grads[tensor] == 0) continue;
     const TensorRow& row = rows[tensor];
+    const int64_t first = (chunks[i] & kChunkIndexMask) * table.chunk_size;
+    const int64_t last = first + table.chunk_size < row.numel ? first + table.chunk_size : row.numel;
+    const int64_t param_dtype = (row.flags >> kParamDtypeShift) & kDtypeMask;
+    const int64_t grad_dtype = (row.flags >> kGradDtypeShift) & kDtypeMask;
+    const UpdateChunk update_tile = kUpdateChunk[param_dtype][grad_dtype];
+    const UpdateChunk average_tile = kAverageChunk[param_dtype][(row.flags & kEmaBfloat16) != 0];
+    const int64_t tile = row.flags & kEma ? kTile : last - first;
     Chunk chunk;
     chunk.row = &row;
     chunk.grad = grads[tensor];
     chunk.coefficients = reinterpret_cast<const void*>(table.coefficients + tensor * kCoefficientRowBytes);
-    chunk.begin = (chunks[i] & kChunkIndexMask) * table.chunk_size;
-    chunk.end = chunk.begin + table.chunk_size < row.numel ? chunk.begin + table.chunk_size : row.numel;
-    const int64_t param_dtype = (row.flags >> kParamDtypeShift) & kDtypeMask;
-    const int64_t grad_dtype = (row.flags >> kGradDtypeShift) & kDtypeMask;
-    kUpdateChunk[param_dtype][grad_dtype](chunk);
+    for (chunk.begin = first; chunk.begin < last; chunk.begin = chunk.end) {
+      chunk.end = chunk.begin + tile < last ? chunk.begin + tile : last;
+      update_tile(chunk);
+      if (row.flags & kEma) average_tile(chunk);
+    }
   }
 }
 
@@ -125,5 +267,5 @@ void update(const void* table_address, int64_t begin, int64_t end) {
 
 namespace adamw_kernels {
 extern const CpuLoops ADAMW_KERNELS_LOOPS;
-const CpuLoops ADAMW_KERNELS_LOOPS = {prepare, update};
+const CpuLoops ADAMW_KERNELS_LOOPS = {measure, sum_up, decide_step, prepare, update};
 }  // namespace adamw_kernels

@@ -1,4 +1,4 @@
-// What an ISA's object file offers to cpu.cpp: two plain loops. External names would clash between the
+// What an ISA's object file offers to cpu.cpp: plain loops. External names would clash between the
 // three objects, so each exports one table of function pointers.
 #pragma once
 
@@ -7,7 +7,13 @@
 namespace adamw_kernels {
 
 struct CpuLoops {
-  // Advances the steps of tensors [begin, end) and writes their coefficient rows.
+  // Writes the partial sums of norm chunks [begin, end).
+  void (*measure)(const void* table, int64_t begin, int64_t end);
+  // Adds them up, domain by domain.
+  void (*sum_up)(const void* table);
+  // Makes the decision out of the totals.
+  void (*decide)(const void* table);
+  // Advances the steps of tensors [begin, end) and writes their coefficient rows; nothing if the step is skipped.
   void (*prepare)(const void* table, int64_t begin, int64_t end);
   // Updates the elements of chunks [begin, end).
   void (*update)(const void* table, int64_t begin, int64_t end);

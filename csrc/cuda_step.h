@@ -13,9 +13,9 @@ struct CudaBatch {
   int64_t end;
 };
 
-// `table`: a LaunchTable in host memory whose addresses are device addresses. Asynchronous on `stream` (a
-// cudaStream_t) of the current device. Returns a cudaError_t; 0 is success.
-int cuda_step(const void* table, const CudaBatch* batches, int64_t num_batches, int64_t stream);
+// These stages (kMeasure, kDecide, kUpdate) of a step. `table`: a LaunchTable in host memory whose addresses are device
+// addresses. Asynchronous on `stream` (a cudaStream_t) of the current device. Returns a cudaError_t; 0 is success.
+int cuda_step(const void* table, int64_t stages, const CudaBatch* batches, int64_t num_batches, int64_t stream);
 
 // Loads every kernel that these batches launch, without launching any. Returns a cudaError_t.
 int cuda_load(const CudaBatch* batches, int64_t num_batches);

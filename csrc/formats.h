@@ -45,15 +45,30 @@ ADAMW_HD uint16_t float_to_bf16(float x) {
   return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 
+// Rounded up with the probability of the distance: unbiased. Uses the low 16 bits of `word`.
+ADAMW_HD uint16_t float_to_bf16_stochastic(float x, uint32_t word) {
+  const uint32_t u = float_bits(x);
+  const uint32_t rounded = (u + (word & 0xffffu)) >> 16;
+  const uint32_t quiet = (u >> 16) | 0x40u;
+  return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+}
+
 // --- float16 ------------------------------------------------------------------------------------------
 
-// The exponent is re-biased by an exact multiplication with 2^112, which also normalises subnormals.
+// The exponent is re-biased by an exact multiplication with 2^112, which also normalises subnormals. A GPU converts in
+// one instruction, as exactly; by hand it would need registers that update does not have.
 ADAMW_HD float fp16_to_float(uint16_t h) {
+#ifdef __CUDA_ARCH__
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
+  return x;
+#else
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fffu) << 13;
   const uint32_t finite = float_bits(bits_float(magnitude) * bits_float(0x77800000u));
   const uint32_t special = magnitude | 0x7f800000u;
   return bits_float(sign | (magnitude >= 0x0f800000u ? special : finite));
+#endif
 }
 
 ADAMW_HD uint16_t float_to_fp16(float x) {

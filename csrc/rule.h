@@ -35,14 +35,29 @@ ADAMW_HD double hyper_value(int64_t field, int64_t source) {
   return value;
 }
 
-// t = steps taken including this one.
-ADAMW_HD Coefficients<double> coefficients(const HyperRow& hyper, int64_t flags, int64_t t) {
+// t = steps taken including this one. `norm`: of the gradients by which this tensor is clipped.
+ADAMW_HD Coefficients<double> coefficients(const HyperRow& hyper, int64_t flags, int64_t t, double inv_scale,
+                                           double norm) {
   const double lr = hyper_value(hyper.lr, hyper.source & 3);
   const double beta1 = hyper_value(hyper.beta1, (hyper.source >> 2) & 3);
   const double beta2 = hyper_value(hyper.beta2, (hyper.source >> 4) & 3);
   const double eps = hyper_value(hyper.eps, (hyper.source >> 6) & 3);
   const double weight_decay = hyper_value(hyper.weight_decay, (hyper.source >> 8) & 3);
   const bool l2 = (flags & kL2) != 0;
+  double clip = 1.0;
+  if (flags & kClip) {
+    const double limit = hyper_value(hyper.max_grad_norm, (hyper.source >> 10) & 3);
+    clip = limit / (norm + 1e-6);
+    clip = clip >= 1.0 || limit == INFINITY ? 1.0 : clip;  // a NaN stays
+  }
+  const double scale = inv_scale * clip;
+  double ema = 0.0;
+  if (flags & kEma) {
+    double ema_decay = hyper_value(hyper.ema_decay, (hyper.source >> 12) & 3);
+    const double warmup = (1.0 + static_cast<double>(t)) / (10.0 + static_cast<double>(t));
+    if ((flags & kEmaWarmup) && !(ema_decay < warmup)) ema_decay = warmup;
+    ema = 1.0 - ema_decay;
+  }
   Coefficients<double> c;
   c.w1 = 1.0 - beta1;
   c.w2 = 1.0 - beta2;
@@ -50,8 +65,9 @@ ADAMW_HD Coefficients<double> coefficients(const HyperRow& hyper, int64_t flags,
   c.inv_sqrt_bc2 = 1.0 / sqrt(1.0 - integer_power(beta2, t));
   c.decay = l2 ? 0.0 : lr * weight_decay;
   c.eps = eps;
-  c.scale = (flags & kMaximize) ? -1.0 : 1.0;
+  c.scale = (flags & kMaximize) ? -scale : scale;
   c.l2 = l2 ? weight_decay : 0.0;
+  c.ema = ema;
   return c;
 }
 
@@ -66,6 +82,7 @@ ADAMW_HD void write_coefficients(T* row, const Coefficients<double>& c) {
   row[5] = static_cast<T>(c.eps);
   row[6] = static_cast<T>(c.scale);
   row[7] = static_cast<T>(c.l2);
+  row[8] = static_cast<T>(c.ema);
 }
 
 // --- one element ------------------------------------------------------------------------------------------
@@ -73,11 +90,11 @@ ADAMW_HD void write_coefficients(T* row, const Coefficients<double>& c) {
 ADAMW_HD float square_root(float x) { return sqrtf(x); }
 ADAMW_HD double square_root(double x) { return sqrt(x); }
 
-// Adam with decoupled weight decay (AdamW), or with L2 in the gradient (kL2).
-template <bool kWithAmsgrad, bool kWithL2, typename T>
-ADAMW_HD void adamw(T& p, T grad, T& m, T& v, T& v_max, const Coefficients<T>& c) {
+// Adam with decoupled weight decay (AdamW). kWithVariants: any of kVariants may be among `flags`.
+template <bool kWithAmsgrad, bool kWithVariants, typename T>
+ADAMW_HD void adamw(T& p, T grad, T& m, T& v, T& v_max, const Coefficients<T>& c, int64_t flags) {
   T g = c.scale * grad;
-  if (kWithL2) g = g + c.l2 * p;
+  if (kWithVariants) g = (flags & kL2) ? g + c.l2 * p : g;
   m = m + c.w1 * (g - m);
   v = v + c.w2 * (g * g - v);
   T s = v;
@@ -86,7 +103,57 @@ ADAMW_HD void adamw(T& p, T grad, T& m, T& v, T& v_max, const Coefficients<T>& c
     s = v_max;
   }
   const T d = square_root(s) * c.inv_sqrt_bc2 + c.eps;
-  p = p - (c.decay * p + (c.step_size * m) / d);
+  T u = (c.step_size * m) / d;
+  T r = c.decay * p;
+  if (kWithVariants) {
+    // & and |, not && and ||: a branch for each element would keep the loop from being vectorised.
+    const bool update_disagrees = ((m > T(0)) & (g <= T(0))) | ((m < T(0)) & (g >= T(0)));
+    u = ((flags & kCautious) != 0) & update_disagrees ? T(0) : u;
+    const bool decay_disagrees = ((u > T(0)) & (p < T(0))) | ((u < T(0)) & (p > T(0)));
+    r = ((flags & kCautiousDecay) != 0) & decay_disagrees ? T(0) : r;
+  }
+  p = p - (r + u);
+}
+
+// The exponential moving average of the weight as it is stored.
+template <typename T>
+ADAMW_HD T moving_average(T ema, T stored, T weight_of_new) {
+  return ema + weight_of_new * (stored - ema);
+}
+
+// --- the step as a whole: sums of squares, apply or skip ---------------------------------------------------
+
+// One term of a sum of squares. float32 and narrower square exactly in float64, and cannot overflow it: the sum is
+// finite if and only if every gradient is.
+template <typename G>
+ADAMW_HD double square(const G* x) {
+  const double value = load<double>(x);
+  return value * value;
+}
+
+// found_inf as a sum over devices or processes can carry it.
+ADAMW_HD double skip_is_signalled(const Signals& signals) { return signals.found_inf == 0.0 ? 0.0 : 1.0; }
+
+// `totals`: of the whole step, over all devices and processes.
+ADAMW_HD void decide(const Signals& signals, const NormDomain* domains, int64_t num_domains, const double* totals,
+                     Decision* out) {
+  const double inv_scale = 1.0 / signals.grad_scale;
+  double total = 0.0, total_of_norm = 0.0;
+  for (int64_t i = 0; i < num_domains; ++i) {
+    total_of_norm = total_of_norm + totals[i];
+    if (i + 1 < num_domains && domains[i + 1].norm == domains[i].norm) continue;
+    out->norms[domains[i].norm] = sqrt(total_of_norm) * inv_scale;
+    total = total + total_of_norm;
+    total_of_norm = 0.0;
+  }
+  const double norm = sqrt(total) * inv_scale;
+  const bool finite = total < INFINITY && norm < INFINITY;  // false for NaN too
+  const bool skip = totals[num_domains] != 0.0 || (signals.skip_nonfinite != 0.0 && !finite) ||
+                    (signals.max_skip_norm != -INFINITY && !(norm <= signals.max_skip_norm));
+  out->skip = skip;
+  out->skipped_steps += skip;
+  out->norm = norm;
+  out->inv_scale = inv_scale;
 }
 
 }  // namespace

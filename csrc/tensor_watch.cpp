@@ -52,7 +52,7 @@ constexpr size_t kAhead = 8;
 
 bool is_state_name(PyObject* name) {
   if (!PyUnicode_Check(name)) return false;
-  for (const char* own : {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}) {
+  for (const char* own : {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "param_ema"}) {
     if (PyUnicode_CompareWithASCIIString(name, own) == 0) return true;
   }
   return false;

@@ -43,7 +43,7 @@ def summary_table(summary: dict[str, Any]) -> str:
         "steps": "{steps:,}",
         f"training loss, last {LAST_STEPS} steps (nats/byte)": "{train_loss:.4f}",
         "validation loss, last (nats/byte)": "{val_loss:.4f}",
-        "optimizer ms/step, median": "{optimizer_ms[median]:.3f}",
+        "clip + step, ms, median": "{optimizer_ms[median]:.3f}",
         "  20th - 80th percentile": "{optimizer_ms[p20]:.3f} - {optimizer_ms[p80]:.3f}",
         "tokens/s, median": "{tokens_per_s:,.0f}",
         "weights, bytes": "{weight_bytes:,}",
@@ -120,7 +120,9 @@ def draw_times(axes: Axes, runs: dict[str, dict[str, np.ndarray]]) -> None:
         )
     axes.set_xticks(range(len(times)), [SHORT[name] for name in times])
     axes.set(
-        title="Time per optimizer step", ylabel="milliseconds (median, 20th – 80th percentile)", ylim=(0, 1.28 * top)
+        title="Time of clipping and one optimizer step",
+        ylabel="milliseconds (median, 20th – 80th percentile)",
+        ylim=(0, 1.28 * top),
     )
     axes.set_xlim(-0.6, max(len(times), 2) - 0.4)
 

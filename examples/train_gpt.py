@@ -174,7 +174,17 @@ def make_optimizer(name: str, model: nn.Module, args: argparse.Namespace) -> tor
         return torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=1e-8, fused=True)
     from adamw_kernels import FusedAdamW  # here, so that `--optimizer torch` also runs without the package
 
-    return FusedAdamW(groups, lr=args.lr, betas=betas, eps=1e-8, backend=args.backend)
+    return FusedAdamW(groups, lr=args.lr, betas=betas, eps=1e-8, max_grad_norm=args.clip, backend=args.backend)
+
+
+def clip_and_step(optimizer: torch.optim.Optimizer, model: nn.Module, args: argparse.Namespace) -> Tensor:
+    """One clipped step of either optimizer; the gradients' norm before clipping, which stays on the device."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        return grad_norm
+    optimizer.step()  # clips as it goes
+    return optimizer.grad_norm
 
 
 def lr_factor(step: int, warmup: int, steps: int) -> float:
@@ -216,7 +226,7 @@ class RunLog:
         return event
 
     def add(self, lr: float, loss: Tensor, grad_norm: Tensor, start: Any, end: Any) -> None:
-        """Remember one step; `start` and `end` enclose its `optimizer.step()`."""
+        """Remember one step; `start` and `end` enclose clipping and `optimizer.step()`."""
         self._pending.append((lr, loss, grad_norm, start, end))
 
     def read(self) -> None:
@@ -270,10 +280,9 @@ def train(name: str, train_text: Tensor, val_text: Tensor, args: argparse.Namesp
         for step in range(args.steps):
             loss = model(*windows(train_text, starts[step], args.block_size))
             loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             lr = optimizer.param_groups[0]["lr"]
             start = log.now()
-            optimizer.step()
+            grad_norm = clip_and_step(optimizer, model, args)
             end = log.now()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()

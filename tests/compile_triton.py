@@ -19,11 +19,16 @@ import triton
 from machine_code import disassemble, resources
 from triton.backends.compiler import GPUTarget
 
+from adamw_kernels import launch_table as layout
 from adamw_kernels import triton_kernels
+from adamw_kernels.control import NormDomain
 from adamw_kernels.formats import PARAM_DTYPES, compute_dtype, grad_dtypes
 from adamw_kernels.launch_table import LaunchTable, TensorSpec
 
 CPU = torch.device("cpu")
+
+# The kernels of a step in the order of their launches, without update, of which there are several.
+SINGLE_KERNELS = ["measure", "sum_up", "decide", "prepare"]
 
 COMBINATIONS = [(param, grad) for param in PARAM_DTYPES for grad in grad_dtypes(param)]
 
@@ -54,7 +59,7 @@ class Recorder:
 
 
 def launch_table(combinations: list[tuple[torch.dtype, torch.dtype]]) -> LaunchTable:
-    """A table with one tensor of two chunks for every dtype combination, in the order of the batches."""
+    """A measured table with one tensor of two chunks for every dtype combination, in the order of the batches."""
     backend = triton_kernels.TritonBackend()
     specs = []
     for param, grad in combinations:
@@ -74,21 +79,24 @@ def launch_table(combinations: list[tuple[torch.dtype, torch.dtype]]) -> LaunchT
                 decoupled=True,
             )
         )
-    return LaunchTable(CPU, specs, 1, backend, backend.chunk_size)
+    return LaunchTable(CPU, specs, 1, backend, backend.chunk_size, domains=[NormDomain()], measured=True)
 
 
 def compile_all(combinations: list[tuple[torch.dtype, torch.dtype]]) -> dict[str, Any]:
     """What the launcher compiles for a table of these combinations, by name."""
     table = launch_table(combinations)
-    prepare, update = Recorder(triton_kernels.prepare_kernel), Recorder(triton_kernels.update_kernel)
-    originals = triton_kernels.prepare_kernel, triton_kernels.update_kernel
-    triton_kernels.prepare_kernel, triton_kernels.update_kernel = prepare, update
+    originals = {name: getattr(triton_kernels, f"{name}_kernel") for name in [*SINGLE_KERNELS, "update"]}
+    recorders = {name: Recorder(kernel) for name, kernel in originals.items()}
     try:
-        triton_kernels.TritonBackend._run(table, dry=True)
+        for name, recorder in recorders.items():
+            setattr(triton_kernels, f"{name}_kernel", recorder)
+        triton_kernels.TritonBackend._run(table, layout.MEASURE | layout.DECIDE | layout.UPDATE, dry=True)
     finally:
-        triton_kernels.prepare_kernel, triton_kernels.update_kernel = originals
-    names = [kernel_name(batch.param_dtype, batch.grad_dtype) for batch in table.batches]
-    return dict(zip(["prepare", *names], [*prepare.compiled, *update.compiled], strict=True))
+        for name, kernel in originals.items():
+            setattr(triton_kernels, f"{name}_kernel", kernel)
+    names = SINGLE_KERNELS + [kernel_name(batch.param_dtype, batch.grad_dtype) for batch in table.batches]
+    compiled = [kernel for recorder in recorders.values() for kernel in recorder.compiled]
+    return dict(zip(names, compiled, strict=True))
 
 
 def pretend_to_have(target: GPUTarget, device: int) -> None:

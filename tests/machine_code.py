@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,10 +42,11 @@ def outside_ieee(opcodes: list[str]) -> set[str]:
     }
 
 
-def ptx_wide_accesses(opcodes: list[str], kind: str) -> int:
-    """How many global loads (`kind` 'ld') or stores ('st') move 16 bytes."""
-    wide = re.compile(rf"{kind}\.global(?:\.[\w:]+)*\.(?:v4\.[busf]32|v2\.[busf]64)")
-    return sum(bool(wide.fullmatch(opcode)) for opcode in opcodes)
+def ptx_vector_accesses(opcodes: list[str], kind: str, num_bytes: int = 16) -> int:
+    """How many global vector loads (`kind` 'ld') or stores ('st') move this many bytes."""
+    vector = re.compile(rf"{kind}\.global(?:\.[\w:]+)*\.v([248])\.[busf](8|16|32|64)")
+    matches = (vector.fullmatch(opcode) for opcode in opcodes)
+    return sum(int(match[1]) * int(match[2]) == 8 * num_bytes for match in matches if match)
 
 
 # --- NVIDIA: SASS -----------------------------------------------------------------------------------------
@@ -94,9 +96,18 @@ def is_local_access(opcode: str) -> bool:
     return opcode.split(".")[0] in ("LDL", "STL")
 
 
-def sass_wide_accesses(opcodes: list[str], kind: str) -> int:
-    """How many global loads (`kind` 'LDG') or stores ('STG') move 16 bytes."""
-    return sum(opcode.startswith(f"{kind}.") and ".128" in opcode for opcode in opcodes)
+def sass_accesses(opcodes: list[str], kind: str, num_bytes: int = 16) -> int:
+    """How many global loads (`kind` 'LDG') or stores ('STG') move this many bytes, of those that move 8 or 16."""
+    return sum(opcode.startswith(f"{kind}.") and str(8 * num_bytes) in opcode.split(".") for opcode in opcodes)
+
+
+def sass_wide_products(opcodes: list[str]) -> tuple[int, int]:
+    """How many products of 32-bit integers keep their upper half, and how many 32-bit parts of longer ones there are.
+
+    A product of 64-bit integers takes one of the former and two of the latter.
+    """
+    counts = Counter(opcodes)
+    return counts["IMAD.WIDE.U32"] + counts["IMAD.HI.U32"], counts["IMAD"]
 
 
 def is_float64_arithmetic(opcode: str) -> bool:

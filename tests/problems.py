@@ -2,7 +2,7 @@
 
 A `Case` is one parameter with its gradient and state. Its tensors lie between rows of sentinel bytes; the same values
 stand beside them as NumPy arrays, which `reference.step_exact` moves on. `check` then compares every stored bit and
-every sentinel.
+every sentinel. `WholeStep` is the judge of a complete step over parameter groups: norms, decision, update, averages.
 """
 
 import dataclasses
@@ -15,9 +15,26 @@ import pytest
 import torch
 from conftest import Path
 from hypothesis import HealthCheck, Phase, settings
-from reference import ARRAY_DTYPE, compute_dtype, load, step_count_after, step_exact, store
+from reference import (
+    ARRAY_DTYPE,
+    Decision,
+    compute_dtype,
+    decide,
+    ema_exact,
+    ema_weight,
+    load,
+    norm_chunks,
+    norm_partials,
+    random_key,
+    random_words,
+    step_count_after,
+    step_exact,
+    store,
+    total,
+)
 
 from adamw_kernels import FusedAdamW, fused_adamw_
+from adamw_kernels.control import DECISION_NORM
 
 TORCH_DTYPE = {
     "float32": torch.float32,
@@ -156,21 +173,31 @@ class Guarded:
 
 @dataclasses.dataclass(eq=False)
 class Case:
-    """One parameter, its gradient and its state: guarded tensors by name, and the judge's arrays by the same names."""
+    """One parameter, its gradient and its state: guarded tensors by name, and the judge's arrays by the same names.
+
+    Attributes:
+        ema_format: "float32" or "bfloat16" where the state holds an average of the weights, else None.
+        has_grad: whether `Training` and `WholeStep` let the parameter have its gradient.
+    """
 
     param_dtype: str
     grad_dtype: str
     tensors: dict[str, Guarded]
     arrays: dict[str, np.ndarray]
+    ema_format: str | None = None
+    has_grad: bool = True
 
     @property
     def dtypes(self) -> dict[str, str]:
         """The storage dtype of each of the case's tensors."""
         moment = np.dtype(compute_dtype(self.param_dtype)).name
-        return dict(param=self.param_dtype, grad=self.grad_dtype, step="float32") | dict.fromkeys(MOMENTS, moment)
+        dtypes = dict(param=self.param_dtype, grad=self.grad_dtype, step="float32") | dict.fromkeys(MOMENTS, moment)
+        if self.ema_format is not None:
+            dtypes["param_ema"] = "bfloat16" if self.ema_format == "bfloat16" else moment
+        return dtypes
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        """The tensor called `key`: param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq or step."""
+        """The tensor called `key`: param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step or param_ema."""
         return self.tensors[key].tensor
 
     def write(self, key: str, array: np.ndarray) -> None:
@@ -182,8 +209,21 @@ class Case:
         """Another ordinary gradient in the same memory."""
         self.write("grad", ordinary_values(rng, self.arrays["grad"].shape, self.grad_dtype))
 
-    def judge(self, hyper: Mapping[str, float], flags: Mapping[str, bool]) -> None:
-        """Let the judge take the step."""
+    def memory_positions(self) -> np.ndarray:
+        """Return where in the parameter's memory each element lies, counted in elements from the first."""
+        strides, shape = self["param"].stride(), self.arrays["param"].shape
+        order = sorted(range(len(shape)), key=lambda dim: -strides[dim])  # where one of extent 1 comes is all the same
+        positions = np.arange(self.arrays["param"].size).reshape([shape[dim] for dim in order])
+        return positions.transpose(np.argsort(order)) if order else positions
+
+    def grad_in_memory_order(self) -> np.ndarray:
+        """Return the gradient's stored values in the order of the parameter's memory."""
+        flat = np.empty_like(self.arrays["grad"], shape=self.arrays["grad"].size)
+        flat[np.ravel(self.memory_positions())] = np.ravel(self.arrays["grad"])
+        return flat
+
+    def judge(self, hyper: Mapping[str, float], flags: Mapping[str, bool], **clipping: Any) -> None:
+        """Let the judge take the step. `clipping`: `step_exact`'s inv_scale, norm, max_grad_norm."""
         a = self.arrays
         step = step_count_after(np.float32(a["step"]))
         a["step"] = np.array(step, dtype=np.float32)
@@ -198,6 +238,20 @@ class Case:
             grad_dtype=self.grad_dtype,
             **hyper,
             **flags,
+            **clipping,
+        )
+
+    def judge_average(self, ema_decay: float, ema_warmup: bool, seed: int, position: int) -> None:
+        """Let the judge's new weights enter the average. `position`: the parameter's, over all groups."""
+        a, t = self.arrays, int(self.arrays["step"])
+        in_bfloat16 = self.ema_format == "bfloat16"
+        a["param_ema"] = ema_exact(
+            a["param_ema"],
+            a["param"],
+            compute_dtype(self.param_dtype)(ema_weight(t, ema_decay, ema_warmup)),
+            self.param_dtype,
+            self.dtypes["param_ema"],
+            random_words(random_key(seed, position, t), self.memory_positions()) if in_bfloat16 else None,
         )
 
     def check(self, what: str) -> None:
@@ -220,6 +274,7 @@ def make_case(
     steps_taken: float = 0,
     strides: tuple[int, ...] | None = None,
     offsets: Mapping[str, int] | None = None,
+    ema_format: str | None = None,
 ) -> Case:
     """Return a case in the middle of training: random weights, gradient and moments.
 
@@ -233,8 +288,9 @@ def make_case(
         steps_taken: the stored step count.
         strides: of every tensor, in elements; contiguous by default.
         offsets: elements past a 64-byte boundary at which a tensor starts, by its name.
+        ema_format: of the average of the weights, or None: there is none.
     """
-    case = Case(param_dtype, grad_dtype, {}, {})
+    case = Case(param_dtype, grad_dtype, {}, {}, ema_format)
     for key, dtype in case.dtypes.items():
         if key == "step":
             case.tensors[key] = Guarded((), dtype, device)
@@ -303,49 +359,187 @@ def judge_all(cases: Iterable[Case], hyper: Mapping[str, Any], flags: Mapping[st
 
 @dataclasses.dataclass
 class Group:
-    """The cases of one parameter group and its options."""
+    """The cases of one parameter group and its options.
+
+    Attributes:
+        flags: those of `reference.adamw_exact`: amsgrad, maximize, decoupled, cautious, cautious_weight_decay.
+        options: any of max_grad_norm, ema_decay, ema_warmup, ema_format.
+    """
 
     cases: list[Case]
     hyper: Mapping[str, Any] = dataclasses.field(default_factory=lambda: HYPER)
     flags: Mapping[str, bool] = dataclasses.field(default_factory=lambda: PLAIN)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def number(value: Any) -> float | None:
+    """Return the value of a float or one-element tensor; None stays None."""
+    return None if value is None else float(value)
+
+
+class WholeStep:
+    """The judge of a complete step over parameter groups. Options that are tensors count as their float64 values.
+
+    Attributes:
+        decision: of the last step, or None before the first.
+        skipped_steps: how many were.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        *,
+        clip_per_group: bool = False,
+        skip_nonfinite: bool = False,
+        max_skip_norm: Any = None,
+        seed: int = 0,
+    ) -> None:
+        """Take the options of `FusedAdamW` that concern all groups."""
+        self.groups = groups
+        self.clip_per_group = clip_per_group
+        self.skip_nonfinite = skip_nonfinite
+        self.max_skip_norm = max_skip_norm
+        self.seed = seed
+        self.decision: Decision | None = None
+        self.skipped_steps = 0
+
+    @property
+    def measures(self) -> bool:
+        """Whether anything asks for a norm."""
+        guarded = self.skip_nonfinite or self.max_skip_norm is not None
+        return guarded or any(group.options.get("max_grad_norm") is not None for group in self.groups)
+
+    def take(self, grad_scale: Any = None, found_inf: Any = None) -> Decision:
+        """Move every case's arrays on, unless the step is to be skipped."""
+        partials = [[self._partials(case) for case in group.cases] for group in self.groups]
+        if not self.clip_per_group:
+            partials = [[x for group in partials for x in group]]
+        totals = [total(np.concatenate([np.empty(0), *group])) for group in partials]
+        decision = decide(
+            totals, number(grad_scale), number(found_inf), self.skip_nonfinite, number(self.max_skip_norm)
+        )
+        self.decision = decision
+        self.skipped_steps += decision.skip
+        if not decision.skip:
+            self._update(decision)
+        return decision
+
+    @staticmethod
+    def _partials(case: Case) -> np.ndarray:
+        if not case.has_grad:
+            return np.zeros(norm_chunks(case.arrays["grad"].size))
+        return norm_partials(case.grad_in_memory_order(), case.grad_dtype)
+
+    def _update(self, decision: Decision) -> None:
+        position = 0
+        for index, group in enumerate(self.groups):
+            hyper = {key: float(value) for key, value in group.hyper.items()}
+            ema_decay = number(group.options.get("ema_decay"))
+            for case in group.cases:
+                if case.has_grad:
+                    case.judge(
+                        hyper,
+                        group.flags,
+                        inv_scale=decision.inv_scale,
+                        norm=decision.norms[index if self.clip_per_group else 0],
+                        max_grad_norm=number(group.options.get("max_grad_norm")),
+                    )
+                    if ema_decay is not None:
+                        case.judge_average(ema_decay, group.options.get("ema_warmup", False), self.seed, position)
+                position += 1
 
 
 class Training:
     """A `FusedAdamW` over groups of cases whose state it has loaded, and the judge beside it."""
 
-    def __init__(self, groups: Sequence[Group]) -> None:
-        """Make the parameters, hand over gradients and state; no step is taken."""
+    def __init__(self, groups: Sequence[Group], *, fused: bool | None = None, **options: Any) -> None:
+        """Make the parameters, hand over gradients and state; no step is taken.
+
+        Args:
+            groups: what to update.
+            fused: of `FusedAdamW`.
+            options: those of `WholeStep`.
+        """
         self.groups = groups
         self.params = [[torch.nn.Parameter(case["param"]) for case in group.cases] for group in groups]
-        options = []
+        self.judge = WholeStep(groups, **options)
+        of_groups = []
         for group, params in zip(groups, self.params, strict=True):
             hyper = dict(group.hyper)
             hyper["betas"] = (hyper.pop("beta1"), hyper.pop("beta2"))
-            options.append(dict(params=params, **hyper, **group.flags))
-        self.optimizer = FusedAdamW(options)
+            of_groups.append(dict(params=params, **hyper, **group.flags, **group.options))
+        self.optimizer = FusedAdamW(of_groups, fused=fused, **options)
         for p, case, group in self:
-            case_grad = case["grad"]
-            if case_grad.dtype != p.dtype:
+            if case["grad"].dtype != p.dtype:
                 p.grad_dtype = None  # any dtype
-            p.grad = case_grad
             keys = ("step", *MOMENTS) if group.flags["amsgrad"] else ("step", *MOMENTS[:2])
+            if case.ema_format is not None:
+                keys = (*keys, "param_ema")
             self.optimizer.state[p] = {key: case[key] for key in keys}
+        self.give_grads()
 
     def __iter__(self) -> Any:
         """(parameter, case, group) of every parameter."""
         for group, params in zip(self.groups, self.params, strict=True):
             yield from ((p, case, group) for p, case in zip(params, group.cases, strict=True))
 
-    def step(self) -> None:
-        """One step of the optimizer and of the judge."""
+    def give_grads(self, absent: Sequence[Case] = ()) -> None:
+        """Give every parameter its gradient, and None to the absent cases'."""
+        for p, case, _ in self:
+            case.has_grad = case not in absent
+            p.grad = case["grad"] if case.has_grad else None
+
+    def set_option(self, group: int, key: str, value: Any) -> None:
+        """Give a group another value of one of its `options`, between two steps."""
+        self.optimizer.param_groups[group][key] = value
+        self.groups[group].options = {**self.groups[group].options, key: value}
+
+    def renew_grads(self, rng: np.random.Generator) -> None:
+        """Other ordinary gradients for all."""
+        for _, case, _ in self:
+            case.renew_grad(rng)
+
+    def step(self, grad_scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None) -> None:
+        """One step of the optimizer and of the judge.
+
+        Args:
+            grad_scale: set for this step as `torch.amp.GradScaler` does; None: not set.
+            found_inf: likewise.
+        """
+        signals = {"grad_scale": grad_scale, "found_inf": found_inf}
+        for name, value in signals.items():
+            if value is not None:
+                setattr(self.optimizer, name, value)
         self.optimizer.step()
-        for group in self.groups:
-            judge_all(group.cases, group.hyper, group.flags)
+        for name, value in signals.items():
+            if value is not None:
+                delattr(self.optimizer, name)
+        self.judge.take(**signals)
 
     def check(self, what: str) -> None:
-        """Compare every case with the judge."""
+        """Compare every case with the judge, and what the optimizer says about the step: norms and skips."""
         for i, group in enumerate(self.groups):
-            check_all(group.cases, f"{what}, group {i} {dict(group.hyper)} {dict(group.flags)}")
+            check_all(group.cases, f"{what}, group {i} {dict(group.hyper)} {dict(group.flags)} {dict(group.options)}")
+        if self.judge.decision is not None:
+            self._check_decision(self.judge.decision, what)
+
+    def _check_decision(self, expected: Decision, what: str) -> None:
+        opt = self.optimizer
+        skipped, count = opt.last_step_skipped, opt.skipped_steps
+        assert (skipped.dtype, skipped.shape, bool(skipped)) == (torch.bool, (), expected.skip), what
+        assert (count.dtype, count.shape, int(count)) == (torch.int64, (), self.judge.skipped_steps), what
+        if not self.judge.measures:
+            return
+        with np.errstate(over="ignore"):
+            norm, norms = np.asarray(np.float32(expected.norm)), expected.norms.astype(np.float32)
+        assert_same_bits(stored(opt.grad_norm), norm, "float32", f"{what}: grad_norm")
+        if self.judge.clip_per_group:
+            assert_same_bits(stored(opt.group_grad_norms), norms, "float32", f"{what}: group_grad_norms")
+        # In float32 an order of additions of one's own would hardly ever show.
+        in_full = np.array([expected.norm, expected.inv_scale, *expected.norms])
+        (verdict,) = opt._internals.control.verdicts
+        got = stored(verdict.decision.view(torch.float64)[DECISION_NORM:])
+        assert_same_bits(got, in_full, "float64", f"{what}: norm, 1 / loss scale, norms")
 
 
 # --- drawn by hypothesis --------------------------------------------------------------------------------------------

@@ -53,8 +53,8 @@ def optimizer_on(device: torch.device, **options: Any) -> FusedAdamW:
 
 def backend_used(optimizer: FusedAdamW) -> Any:
     """What the table of a stepped optimizer holds."""
-    assert optimizer._plan is not None
-    (table,) = optimizer._plan.tables
+    assert optimizer._internals.stepper.plan is not None
+    (table,) = optimizer._internals.stepper.plan.tables
     return table.backend
 
 
@@ -280,8 +280,8 @@ for i in range(3):
     p.grad = torch.linspace(2, -1, 7) * (1 - i)
     q.grad = None if i == 1 else torch.full((3, 2), 0.5, dtype=torch.bfloat16)
     optimizer.step()
-(table,) = optimizer._plan.tables
-used = table.backend.name, type(optimizer._watch).__name__
+(table,) = optimizer._internals.stepper.plan.tables
+used = table.backend.name, type(optimizer._internals.stepper.watch).__name__
 values = [p.tolist(), q.tolist(), [[x.tolist() for x in state.values()] for state in optimizer.state.values()]]
 """
     result = python("-c", f"{WITHOUT_NATIVE}{steps}\nprint(*used)\nprint(values)\n", TRITON_INTERPRET="1")

@@ -11,7 +11,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +22,11 @@ from machine_code import (
     nvidia_tool,
     outside_ieee,
     ptx_kernels,
-    ptx_wide_accesses,
+    ptx_vector_accesses,
     resources,
+    sass_accesses,
     sass_kernels,
-    sass_wide_accesses,
+    sass_wide_products,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -40,14 +40,26 @@ UPDATES = {
     for grad in BYTES
     if grad != "double" or param == "double"
 }
-KERNELS = ["prepare_kernel", *UPDATES]
+# The kernels that work in float64 whatever the tensors' dtype, and the arithmetic that each consists of.
+SINGLE_KERNELS = {
+    "measure_kernel": {"mul", "add"},
+    "sum_up_kernel": {"add"},
+    "decide_kernel": {"mul", "add", "rcp", "sqrt"},
+    "prepare_kernel": {"mul", "add", "sub", "div", "rcp", "sqrt"},
+}
+KERNELS = [*SINGLE_KERNELS, *UPDATES]
+# Beside float64, whose average is never bfloat16, there is nothing to round stochastically.
+UPDATES_OF_FLOAT32 = [name for name, (param, _) in UPDATES.items() if param != "double"]
 
 # Registers a thread, at most; a block is 256 threads. Measured with CUDA 13.0: sm_80 and sm_90; sm_100 and sm_120
 MAX_REGISTERS = {
-    "prepare_kernel": 48,  # 40; 40
-    "float": 48,  # float32 throughout, 5 blocks a multiprocessor: 44; 35 to 37
-    "16-bit": 64,  # any 16-bit operand, 4 blocks (the kernel's own launch bound): 58 to 60; 55 to 62
-    "double": 80,  # 3 blocks: 54 to 78; 48 to 68
+    "measure_kernel": 40,  # 6 blocks a multiprocessor: 32; 30 to 36
+    "sum_up_kernel": 40,  # 32; 32 to 36
+    "decide_kernel": 40,  # one thread: 32 to 36; 30 to 32
+    "prepare_kernel": 48,  # 48; 48
+    "float": 48,  # float32 throughout, 5 blocks, the kernel's own launch bound: 45; 45 to 46
+    "16-bit": 64,  # any 16-bit operand, 4 blocks, likewise: 59 to 60; 59 to 63
+    "double": 64,  # 4 blocks: 58 to 64; 56 to 64
 }
 
 
@@ -127,13 +139,13 @@ def kernels(request: pytest.FixtureRequest, compiled: dict[str, dict[str, Kernel
 
 
 def elements_per_thread(kernel: str) -> int:
-    """How many elements a thread holds at a time: 16 bytes of the narrowest operand, at most 32 of the widest."""
+    """How many elements a thread holds at a time: 16 bytes of the narrowest operand, or of float64 parameters."""
     param, grad = UPDATES[kernel]
-    return min(16 // min(BYTES[param], BYTES[grad]), 32 // max(BYTES[param], 4))
+    return 2 if param == "double" else 16 // min(BYTES[param], BYTES[grad])
 
 
 def test_every_kernel_was_compiled(compiled: dict[str, dict[str, Kernel]]) -> None:
-    """On every architecture there is prepare and one update for each dtype combination, and nothing else."""
+    """On every architecture there is one update for each dtype combination, one of the others, and nothing else."""
     for architecture, kernels in compiled.items():
         assert set(kernels) == set(KERNELS), architecture
 
@@ -155,27 +167,50 @@ def test_registers_stay_under_their_bound(kernels: dict[str, Kernel], name: str)
 
 @pytest.mark.parametrize("name", UPDATES)
 def test_aligned_path_moves_16_bytes_at_a_time(kernels: dict[str, Kernel], name: str) -> None:
-    """Every operand is loaded and stored by 16-byte instructions; 8 bytes of a 16-bit gradient beside float64."""
+    """Every operand is loaded and stored by 16-byte instructions, in PTX and still in SASS.
+
+    What has fewer bytes in as many elements moves at once: a narrower gradient beside float64, and a bfloat16 average
+    where no other operand is of 16 bits. The average has code of its own for either format.
+    """
     kernel = kernels[name]
     param, grad = UPDATES[name]
     elements = elements_per_thread(name)
-    written = [BYTES[param], *[max(BYTES[param], 4)] * 3]  # p, m, v, v_max
+    compute = max(BYTES[param], 4)
+    written = [BYTES[param], *[compute] * 3, compute]  # p, m, v, v_max, average
     assert all(elements * size >= 16 for size in written)
+    if param != "double":
+        written.append(BYTES["bf16"])
     stores = sum(elements * size // 16 for size in written)
     loads = stores + elements * BYTES[grad] // 16
-    # A tensor's coefficients are read in 16-byte pieces too: one row of eight numbers, at most.
-    coefficients = 8 * max(BYTES[param], 4) // 16
-    assert loads <= ptx_wide_accesses(kernel.ptx, "ld") <= loads + coefficients
-    assert ptx_wide_accesses(kernel.ptx, "st") == stores
-    assert sass_wide_accesses(kernel.sass, "LDG") >= loads
-    assert sass_wide_accesses(kernel.sass, "STG") >= stores
+    assert ptx_vector_accesses(kernel.ptx, "ld") == loads
+    assert ptx_vector_accesses(kernel.ptx, "st") == stores
+    assert sass_accesses(kernel.sass, "LDG") >= loads
+    assert sass_accesses(kernel.sass, "STG") >= stores
+    narrow_averages = int((param, grad) == ("float", "float"))
+    narrow_grads = int((param, grad) == ("double", "float"))
+    assert ptx_vector_accesses(kernel.ptx, "ld", 8) == narrow_averages + narrow_grads
+    assert ptx_vector_accesses(kernel.ptx, "st", 8) == narrow_averages
 
 
-@pytest.mark.parametrize("name", UPDATES)
-def test_update_knows_that_its_memory_is_global(kernels: dict[str, Kernel], name: str) -> None:
-    """No generic access in update: each would first have to find out which memory it means."""
+def test_measure_reads_full_rows_at_once(kernels: dict[str, Kernel]) -> None:
+    """Of a row, a thread takes 4 elements: 16 bytes of float32, 8 of 16-bit gradients, twice 16 of float64."""
+    kernel = kernels["measure_kernel"]
+    rows_at_once = 4
+    assert ptx_vector_accesses(kernel.ptx, "ld", 16) == rows_at_once * 3
+    assert ptx_vector_accesses(kernel.ptx, "ld", 8) == rows_at_once * 2
+    assert sass_accesses(kernel.sass, "LDG", 16) >= rows_at_once * 3
+    assert sass_accesses(kernel.sass, "LDG", 8) >= rows_at_once * 2
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "prepare_kernel"])
+def test_kernels_know_what_memory_they_access(kernels: dict[str, Kernel], name: str) -> None:
+    """No generic access: each would first have to find out which memory it means. No shared one in update.
+
+    Not so prepare, one thread a tensor: hyperparameters in tensors are read by code that it shares with the CPU.
+    """
     kernel = kernels[name]
-    assert not [opcode for opcode in kernel.ptx if re.match(r"(?:ld|st)\.(?!global|param)", opcode)]
+    known = "global|param" if name in UPDATES else "global|param|shared"
+    assert not [opcode for opcode in kernel.ptx if re.match(rf"(?:ld|st)\.(?!{known})", opcode)]
     assert not [opcode for opcode in kernel.sass if opcode.split(".")[0] in ("LD", "ST")]
 
 
@@ -184,26 +219,37 @@ def test_every_operation_is_rounded_once_to_nearest(kernels: dict[str, Kernel], 
     """PTX holds only `.rn` arithmetic: no fma, nothing that ptxas may contract, no flushing, no approximation."""
     kernel = kernels[name]
     assert outside_ieee(kernel.ptx) == set()
-    width = "f64" if name == "prepare_kernel" or UPDATES[name][0] == "double" else "f32"
-    counts = Counter(kernel.ptx)
-    assert counts[f"div.rn.{width}"] > 0
-    assert counts[f"sqrt.rn.{width}"] > 0
+    width = "f64" if name in SINGLE_KERNELS or UPDATES[name][0] == "double" else "f32"
+    operations = {opcode.split(".")[0] for opcode in kernel.ptx if opcode.endswith(f".rn.{width}")}
+    assert operations == SINGLE_KERNELS.get(name, {"mul", "add", "sub", "div", "sqrt"})
 
 
-@pytest.mark.parametrize("name", [name for name, (param, _) in UPDATES.items() if param != "double"])
+@pytest.mark.parametrize("name", UPDATES_OF_FLOAT32)
 def test_update_has_no_float64(kernels: dict[str, Kernel], name: str) -> None:
-    """Float64 belongs to prepare: update has none, in PTX or SASS, unless the parameter itself is float64."""
+    """Float64 belongs to the other kernels: update has none, in PTX or SASS, unless the parameter itself is float64."""
     kernel = kernels[name]
     assert not [opcode for opcode in kernel.ptx if ".f64" in opcode]
     assert not [opcode for opcode in kernel.sass if is_float64_arithmetic(opcode)]
-    assert [opcode for opcode in kernels["prepare_kernel"].sass if is_float64_arithmetic(opcode)]
+    for other in SINGLE_KERNELS:
+        assert [opcode for opcode in kernels[other].sass if is_float64_arithmetic(opcode)], other
+
+
+@pytest.mark.parametrize("name", UPDATES_OF_FLOAT32)
+def test_random_words_take_one_product_a_round(kernels: dict[str, Kernel], name: str) -> None:
+    """A Philox round's 32 x 32 -> 64 bit product is one instruction, not the three of a product of 64-bit integers."""
+    rounds = 7 * (elements_per_thread(name) + 1)  # whole vectors, and one by one
+    products, parts = sass_wide_products(kernels[name].sass)
+    # The address of a chunk's row, and such, are a few more.
+    assert rounds <= products <= rounds + 4
+    assert parts <= 4
 
 
 def test_contraction_would_be_noticed(tmp_path: Path) -> None:
-    """Compiled with nvcc's own defaults, update holds an fma that the check sees."""
+    """Compiled with nvcc's own defaults, update and measure hold an fma that the check sees."""
     ptx = tmp_path / "cuda.ptx"
     command = [required("nvcc"), "-std=c++17", "-arch=sm_90", "-ptx", str(ROOT / "csrc" / "cuda.cu"), "-o", str(ptx)]
     subprocess.run(command, check=True, capture_output=True)
     by_name = ptx_kernels(ptx.read_text())
     opcodes = dict(zip(demangle(list(by_name)), by_name.values(), strict=True))
     assert "fma.rn.f32" in outside_ieee(opcodes["update_kernel<float, float>"])
+    assert "fma.rn.f64" in outside_ieee(opcodes["measure_kernel"])

@@ -273,7 +273,7 @@ def test_schedulers(path: Path, name: str, kind: str) -> None:
         gradients, rates, momenta, plans = Gradients(), set(), set(), []
         for _ in range(6):
             step_both(ours, theirs, gradients)
-            plans.append(ours._plan)
+            plans.append(ours._internals.stepper.plan)
             for scheduler in schedulers:
                 scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
             rates.add(float(ours.param_groups[0]["lr"]))
@@ -751,7 +751,7 @@ def test_gradients_that_come_and_go(path: Path) -> None:
     plans = []
     for present in pattern:
         step_both(ours, theirs, gradients, present=map(bool, present))
-        plans.append(ours._plan)
+        plans.append(ours._internals.stepper.plan)
         assert_agree(ours, theirs)
     assert [float(ours.state[p]["step"]) for p in params_of(ours)] == [
         float(sum(row)) for row in zip(*pattern, strict=True)

@@ -772,9 +772,9 @@ def test_both_watches_notice_what_spoils_a_warm_step(
     if native and backends.native_module() is None:
         pytest.skip("the compiled module is not built")
     if not native:
-        monkeypatch.setattr("adamw_kernels.optimizer.watch_tensors", PythonTensorWatch)
+        monkeypatch.setattr("adamw_kernels.stepper.watch_tensors", PythonTensorWatch)
     optimizer = good_optimizer(device, warm=True)
-    assert isinstance(optimizer._watch, PythonTensorWatch) is not native
+    assert isinstance(optimizer._internals.stepper.watch, PythonTensorWatch) is not native
     spoil(optimizer, optimizer.param_groups[1]["params"][0])
     assert_raises(kind, fragments, optimizer.step)
 
@@ -870,7 +870,7 @@ def test_error_while_kernels_are_made_ready(path: Path, monkeypatch: pytest.Monk
     (backend,) = {type(backends.choose(path.device))}
     with monkeypatch.context() as patch:
 
-        def fail(self: Any, table: Any) -> None:
+        def fail(self: Any, table: Any, stages: int) -> None:
             raise RuntimeError(f"{self.name} cannot compile for {table.device}")
 
         patch.setattr(backend, "warm_up", fail)

@@ -196,7 +196,7 @@ class NoBackend:
     name = "none"
     chunk_size = 4096
 
-    def warm_up(self, table: launch_table.LaunchTable) -> None:
+    def warm_up(self, table: launch_table.LaunchTable, stages: int) -> None:
         """Nothing to compile."""
 
 

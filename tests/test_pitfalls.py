@@ -393,12 +393,19 @@ def backward(scaler: torch.amp.GradScaler, params: list[torch.nn.Parameter], see
         params[-1].grad[0] = math.inf
 
 
+# With fused=True the scaler hands its scale and its flag over, and the device unscales and skips; else the host does.
+EITHER_WAY = pytest.mark.parametrize("fused", [True, None], ids=["fused", "default"])
+
+
+@EITHER_WAY
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["scalar", "one-element"])
 @pytest.mark.parametrize("flag", [1.0, 2.0, math.nan, math.inf])
-def test_pitfall_09_found_inf_above_one(device: torch.device, flag: float, shape: tuple[int, ...]) -> None:
+def test_pitfall_09_found_inf_above_one(
+    device: torch.device, flag: float, shape: tuple[int, ...], fused: bool | None
+) -> None:
     """Any flag but zero skips the step: parameters, moments and step counts stay as they were."""
     params = parameters(2, device)
-    optimizer = FusedAdamW([{"params": params[:1]}, {"params": params[1:]}], **HYPER)
+    optimizer = FusedAdamW([{"params": params[:1]}, {"params": params[1:]}], fused=fused, **HYPER)
     optimizer.step()
     before = bits_of(optimizer)
     scaler = make_scaler(device)
@@ -408,12 +415,14 @@ def test_pitfall_09_found_inf_above_one(device: torch.device, flag: float, shape
     flags[device] = torch.full(shape, flag, device=device)
     scaler.step(optimizer)
     assert bits_of(optimizer) == before
+    assert optimizer.skipped_steps == bool(fused)
 
 
-def test_pitfall_10_skipped_step_advances_the_count(device: torch.device) -> None:
+@EITHER_WAY
+def test_pitfall_10_skipped_step_advances_the_count(device: torch.device, fused: bool | None) -> None:
     """After an overflow in the middle every group has counted the applied steps only, and every bit is as expected."""
     params = parameters(3, device)
-    judge = Judge(FusedAdamW([{"params": [p]} for p in params], **HYPER))
+    judge = Judge(FusedAdamW([{"params": [p]} for p in params], fused=fused, **HYPER))
     scaler = make_scaler(device)
     for i, overflow in enumerate([False, True, False, True, True, False]):
         backward(scaler, params, i, overflow=overflow)
@@ -426,10 +435,11 @@ def test_pitfall_10_skipped_step_advances_the_count(device: torch.device) -> Non
     assert [judge.optimizer.state[p]["step"].item() for p in params] == [3, 3, 3]
 
 
-def test_pitfall_11_double_unscale_after_clipping(device: torch.device) -> None:
+@EITHER_WAY
+def test_pitfall_11_double_unscale_after_clipping(device: torch.device, fused: bool | None) -> None:
     """After `unscale_` and clipping the step uses the clipped gradients as they are: unscaled once."""
     params = parameters(2, device)
-    judge = Judge(FusedAdamW(params, **HYPER))
+    judge = Judge(FusedAdamW(params, fused=fused, **HYPER))
     scaler = make_scaler(device)
     backward(scaler, params, 11, overflow=False)
     scaler.unscale_(judge.optimizer)
@@ -440,21 +450,36 @@ def test_pitfall_11_double_unscale_after_clipping(device: torch.device) -> None:
     judge.check()
 
 
-def test_pitfall_12_gradients_stay_scaled(device: torch.device) -> None:
-    """After a scaler's step `.grad` holds the unscaled gradient."""
+@EITHER_WAY
+@pytest.mark.parametrize("unscale", [False, True], ids=["step-alone", "unscale-first"])
+def test_pitfall_12_gradients_stay_scaled(device: torch.device, fused: bool | None, unscale: bool) -> None:
+    """Who wants to see unscaled gradients calls `unscale_`, as torch says; the step uses unscaled ones in any case.
+
+    After a step without that call, `.grad` holds the unscaled gradient where the scaler unscaled it, and with
+    `fused=True` still the scaled one: torch's fused step writes it back, a pass over memory for whoever looks.
+    """
     p = parameter(5, device=device)
     unscaled = p.grad.clone()
-    optimizer = FusedAdamW([p])
+    judge = Judge(FusedAdamW([p], fused=fused, **HYPER))
+    judge.expect()
     scaler = make_scaler(device)
     p.grad.mul_(scaler.get_scale())  # a power of two: exact both ways
-    scaler.step(optimizer)
-    assert torch.equal(p.grad, unscaled)
+    if unscale:
+        scaler.unscale_(judge.optimizer)
+    scaler.step(judge.optimizer)
+    judge.check()
+    scale = scaler.get_scale() if fused and not unscale else 1.0
+    assert torch.equal(p.grad, unscaled * scale)
 
 
-def test_pitfall_13_wrappers_cannot_see_the_skip(device: torch.device) -> None:
-    """A wrapper that patches `step` on the instance, as accelerate does, is called for applied steps only."""
+@EITHER_WAY
+def test_pitfall_13_wrappers_cannot_see_the_skip(device: torch.device, fused: bool | None) -> None:
+    """A wrapper that patches `step` on the instance, as accelerate does, is called for applied steps only.
+
+    With `fused=True` it is called for all, as with torch's; `last_step_skipped` then tells which were applied.
+    """
     params = parameters(2, device)
-    optimizer = FusedAdamW(params)
+    optimizer = FusedAdamW(params, fused=fused)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     scaler = make_scaler(device)
     applied = []
@@ -471,8 +496,8 @@ def test_pitfall_13_wrappers_cannot_see_the_skip(device: torch.device) -> None:
         scaler.step(optimizer)
         optimizer.step = original  # type: ignore[method-assign]
         scaler.update()
-        assert bool(applied) is not overflow
-        if applied:
+        assert bool(applied) is (bool(fused) or not overflow)
+        if applied and not optimizer.last_step_skipped:
             scheduler.step()
     assert optimizer.param_groups[0]["lr"] == 0.5e-3
     assert optimizer.state[params[0]]["step"].item() == 1
@@ -491,9 +516,13 @@ def test_pitfall_14_grad_scaler_in_the_signature(device: torch.device) -> None:
 
 
 def test_pitfall_38_summed_flags_of_a_sharded_scaler(tmp_path: pathlib.Path) -> None:
-    """Two ranks under a sharded scaler skip together when one or both overflow, with and without `unscale_`."""
+    """Two ranks under a sharded scaler skip together when one or both overflow, with and without `unscale_`.
+
+    With `fused=True` and without `unscale_` the scaler never talks to its peers: the step does, but the scale of a rank
+    that saw no overflow stays. Hence the advice to call `unscale_`, which the documentation of `fused` repeats.
+    """
     script = """
-import math, sys
+import math, os, sys
 import torch, torch.distributed as dist
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from adamw_kernels import FusedAdamW
@@ -502,9 +531,9 @@ rank = int(sys.argv[1])
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 for overflowing in ((0,), (1,), (0, 1)):
-    for unscale_first in (True, False):
+    for fused, unscale_first in ((None, True), (None, False), (True, True), (True, False)):
         p = torch.nn.Parameter(torch.ones(3))
-        optimizer = FusedAdamW([p])
+        optimizer = FusedAdamW([p], fused=fused, process_group=dist.group.WORLD)
         scaler = ShardedGradScaler(device="cpu", init_scale=8.0)
         for overflow in (True, False):
             scaler.scale(p.sum()).backward()
@@ -514,15 +543,19 @@ for overflowing in ((0,), (1,), (0, 1)):
                 scaler.unscale_(optimizer)
             scaler.step(optimizer)
             scaler.update()
-            case = (rank, overflowing, unscale_first, overflow)
+            case = (rank, overflowing, fused, unscale_first, overflow)
             if overflow:
-                assert p.tolist() == [1, 1, 1] and not optimizer.state, (case, p)
+                assert p.tolist() == [1, 1, 1], (case, p)
+                assert all(state["step"] == 0 for state in optimizer.state.values()), case
             else:
                 assert p.isfinite().all() and p[0] < 1 and optimizer.state[p]["step"] == 1, (case, p)
-            assert scaler.get_scale() == 4, (case, scaler.get_scale())
+            assert optimizer.skipped_steps == bool(fused), case
+            told = fused is None or unscale_first or rank in overflowing
+            assert scaler.get_scale() == (4 if told else 8), (case, scaler.get_scale())
             optimizer.zero_grad()
 dist.destroy_process_group()
-print("agreed")
+print("agreed", flush=True)
+os._exit(0)  # gloo's threads now and then abort a process that ends by itself (torch 2.13, without us too)
 """
     ranks = [
         subprocess.Popen(
@@ -543,10 +576,12 @@ print("agreed")
         assert out.strip() == "agreed"
 
 
-def test_pitfall_39_overflow_in_the_first_iteration(device: torch.device) -> None:
+@EITHER_WAY
+def test_pitfall_39_overflow_in_the_first_iteration(device: torch.device, fused: bool | None) -> None:
     """An overflow in iteration 1, normal at scale 65536, leaves no group ahead: all count three applied steps."""
     params = parameters(3, device)
-    judge = Judge(FusedAdamW([{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(params)], **HYPER))
+    groups = [{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(params)]
+    judge = Judge(FusedAdamW(groups, fused=fused, **HYPER))
     scaler = make_scaler(device, scale=65536.0)
     for i in range(4):
         backward(scaler, params, i, overflow=i == 0)
@@ -555,21 +590,35 @@ def test_pitfall_39_overflow_in_the_first_iteration(device: torch.device) -> Non
             judge.expect()
         scaler.step(judge.optimizer)
         scaler.update()
-        judge.check()
+        if i > 0:
+            judge.check()
+        assert all(state["step"] == i for state in judge.optimizer.state.values())
     assert [judge.optimizer.state[p]["step"].item() for p in params] == [3, 3, 3]
 
 
 def test_pitfall_40_amp_flag_decided_by_accident(device: torch.device) -> None:
-    """`_step_supports_amp_scaling` is not set: Lightning's clipping is not refused, the scaler skips on the host."""
+    """As with torch, `fused=True` asks for scaling on the device; without it the scaler skips on the host.
+
+    Lightning refuses to clip where the flag is set, and accelerate does not see such a skip: the default suits both.
+    """
+    for fused in (True, None):
+        asked = FusedAdamW([parameter(5, device=device)], fused=fused)
+        for candidate in (asked, copy.deepcopy(asked), pickle.loads(pickle.dumps(asked))):
+            assert getattr(candidate, "_step_supports_amp_scaling", False) == bool(fused)
     p = parameter(5, device=device)
-    optimizer = FusedAdamW([p], fused=True, capturable=True)
-    for candidate in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        assert not getattr(candidate, "_step_supports_amp_scaling", False)
+    optimizer = FusedAdamW([p], capturable=True)
     scaler = make_scaler(device)
     p.grad.fill_(math.nan)
     scaler.step(optimizer)
     assert not hasattr(optimizer, "found_inf") and not hasattr(optimizer, "grad_scale")
     assert not optimizer.state, "the step was never called"
+
+    asked = FusedAdamW([p], fused=True)
+    before = p.detach().clone()
+    scaler = make_scaler(device)
+    scaler.step(asked)
+    assert not hasattr(asked, "found_inf") and not hasattr(asked, "grad_scale")
+    assert asked.last_step_skipped and asked.state[p]["step"] == 0 and torch.equal(p, before)
 
 
 # --- state dict and lifecycle -----------------------------------------------------------------------------------------
@@ -686,7 +735,7 @@ def test_pitfall_18_copies_lose_attributes(device: torch.device, copied: Callabl
     judge.check()  # the original did not move
     judge.step()
     assert bits_of(twin) == bits_of(original)
-    assert [table.backend.name for table in twin._plan.tables] == [backend]
+    assert [table.backend.name for table in twin._internals.stepper.plan.tables] == [backend]
 
 
 def test_pitfall_19_group_added_later_is_never_stepped(path: Path) -> None:

@@ -117,7 +117,7 @@ def test_first_float32_step_is_exact_in_binary() -> None:
     d = 1 * 2 + 2 = 4, p = 1 - (1/16 * 1 + 1/4 * 1 / 4) = 7/8.
     """
     options = dict(lr=0.125, beta1=0.5, beta2=0.75, eps=2.0, weight_decay=0.5)
-    assert coefficients(1, **options) == (0.5, 0.25, 0.25, 2.0, 0.0625, 2.0, 1.0, 0.0)
+    assert coefficients(1, **options) == (0.5, 0.25, 0.25, 2.0, 0.0625, 2.0, 1.0, 0.0, 0.0)
     zero = float32(0)
     state = step_exact(
         float32(1), float32(2), zero, zero, None, 1, param_dtype="float32", grad_dtype="float32", **options
@@ -181,19 +181,21 @@ def round_to_float32(x: Fraction) -> Fraction:
 
 
 class ExactlyRounded:
-    """A number whose every operation is done on rationals and then rounded to float32."""
+    """A number whose every operation is done on rationals and then rounded to float32. A plain 0 may join in."""
 
-    def __init__(self, value: Fraction | float) -> None:
+    def __init__(self, value: "Fraction | float | ExactlyRounded") -> None:
         """Round `value` to float32."""
-        self.value = round_to_float32(Fraction(value))
+        self.value = value.value if isinstance(value, ExactlyRounded) else round_to_float32(Fraction(value))
 
-    def __add__(self, other: "ExactlyRounded") -> "ExactlyRounded":
+    def __add__(self, other: "ExactlyRounded | int") -> "ExactlyRounded":
         """Return the rounded sum."""
-        return ExactlyRounded(self.value + other.value)
+        return ExactlyRounded(self.value + ExactlyRounded(other).value)
 
-    def __sub__(self, other: "ExactlyRounded") -> "ExactlyRounded":
+    __radd__ = __add__
+
+    def __sub__(self, other: "ExactlyRounded | int") -> "ExactlyRounded":
         """Return the rounded difference."""
-        return ExactlyRounded(self.value - other.value)
+        return ExactlyRounded(self.value - ExactlyRounded(other).value)
 
     def __mul__(self, other: "ExactlyRounded") -> "ExactlyRounded":
         """Return the rounded product."""
@@ -203,9 +205,21 @@ class ExactlyRounded:
         """Return the rounded quotient."""
         return ExactlyRounded(self.value / other.value)
 
-    def __gt__(self, other: "ExactlyRounded") -> bool:
+    def __gt__(self, other: "ExactlyRounded | int") -> bool:
         """Compare values."""
-        return self.value > other.value
+        return self.value > ExactlyRounded(other).value
+
+    def __lt__(self, other: "ExactlyRounded | int") -> bool:
+        """Compare values."""
+        return self.value < ExactlyRounded(other).value
+
+    def __ge__(self, other: "ExactlyRounded | int") -> bool:
+        """Compare values; there is no NaN here."""
+        return not self < other
+
+    def __le__(self, other: "ExactlyRounded | int") -> bool:
+        """Compare values; there is no NaN here."""
+        return not self > other
 
     def __ne__(self, other: object) -> bool:
         """Compare values; there is no NaN here."""
@@ -228,7 +242,8 @@ class ExactlyRounded:
 
 @pytest.mark.parametrize("l2", [False, True], ids=["decoupled", "l2"])
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
-def test_every_float32_operation_is_rounded_once(amsgrad: bool, l2: bool) -> None:
+@pytest.mark.parametrize("cautious", [False, True], ids=["everywhere", "cautious"])
+def test_every_float32_operation_is_rounded_once(amsgrad: bool, l2: bool, cautious: bool) -> None:
     """The same lines of `adamw_exact` run on numbers that round exactly as IEEE-754 says, and agree in every bit.
 
     So NumPy neither widens to float64 nor contracts nor flushes subnormals. Scales from 1e-42 (subnormal) to 1e3.
@@ -239,10 +254,11 @@ def test_every_float32_operation_is_rounded_once(amsgrad: bool, l2: bool) -> Non
     p, grad, m = (x.astype(np.float32) for x in (rng.standard_normal(n), *(scale * rng.standard_normal((2, n)))))
     v, v_max = (np.abs(x).astype(np.float32) for x in (scale * rng.standard_normal(n)) ** 2 * [[1.0], [1.5]])
     c = coefficients(3, lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, decoupled=not l2)
-    got = adamw_exact(p, grad, m, v, v_max, c, amsgrad=amsgrad, l2=l2)
+    flags = dict(amsgrad=amsgrad, l2=l2, cautious=cautious, cautious_weight_decay=cautious)
+    got = adamw_exact(p, grad, m, v, v_max, c, **flags)
     as_objects = [np.array([ExactlyRounded(float(x)) for x in array], dtype=object) for array in (p, grad, m, v, v_max)]
     exact_c = Coefficients(*(np.array(ExactlyRounded(float(x)), dtype=object) for x in c))
-    expected = adamw_exact(*as_objects, exact_c, amsgrad=amsgrad, l2=l2)
+    expected = adamw_exact(*as_objects, exact_c, **flags)
     for name, a, b in zip(("p", "m", "v", "v_max"), got, expected, strict=True):
         assert a.dtype == np.float32
         np.testing.assert_array_equal(a.astype(np.float64), b.astype(np.float64), err_msg=name)
@@ -330,7 +346,7 @@ def test_powers_underflow_to_zero() -> None:
 def test_beta_zero() -> None:
     """With beta = 0 there is no memory and no bias: 0^t = 0."""
     c = coefficients(5, lr=0.25, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0)
-    assert c == (1.0, 1.0, 0.25, 1.0, 0.0, 0.0, 1.0, 0.0)
+    assert c == (1.0, 1.0, 0.25, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("compute", [np.float32, np.float64])

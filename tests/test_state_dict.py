@@ -277,9 +277,9 @@ def test_copies_keep_what_the_optimizer_was_made_with(resume: Callable[[FusedAda
     opt = FusedAdamW(make_params(torch.device("cpu")), backend="cpu", decoupled=False, **HYPER)
     train((opt,), Gradients(), 2)
     twin = resume(opt)
-    assert twin._backend == "cpu"
+    assert twin._internals.options.backend == "cpu"
     assert twin.defaults == opt.defaults
-    assert twin._plan is None and twin._watch is None
+    assert twin._internals is not opt._internals and twin._internals.stepper is None
     twin.add_param_group({"params": make_params(torch.device("cpu"), seed=4)})
     assert twin.param_groups[1]["decoupled_weight_decay"] is False
     assert len(opt.param_groups) == 1

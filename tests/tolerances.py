@@ -54,6 +54,38 @@ TOLERANCES: dict[str, tuple[float, str]] = {
         "Weights rounded to 8 bits at each of three steps, and torch's moments too: two units in the last place of the "
         "largest weight. Measured: 5e-3. Without the loaded moments they differ by 0.2 and more.",
     ),
+    "norm_in_float64": (
+        1e-14,
+        "A few dozen float64 squares, added in another order, and one product with the clip coefficient. Measured: "
+        "3e-16.",
+    ),
+    "norm_in_float32": (
+        1e-6,
+        "The same rounded to float32 once, by us, or at every square, by torch. Measured: 1.2e-7.",
+    ),
+    "sharded_against_whole": (
+        1e-12,
+        "Float64 gradients of a batch in two parts, norms as sums over shards: another order of a few dozen additions. "
+        "What was not reduced differs by 1e-1. Measured: 7e-16.",
+    ),
+    "one_float32_rounding": (
+        2.0**-24 * (1 + 1e-6),
+        "float32's unit roundoff; what is rounded is exact to 1e-12.",
+    ),
+    "clipped_to_the_limit": (
+        1e-5,
+        "torch's coefficient divides by norm + 1e-6: a norm above 0.1 ends up below the limit by at most 1e-5 of it. "
+        "Measured: 4e-6.",
+    ),
+    "clipped_in_bfloat16": (
+        2.0**-7,
+        "The gradient's product with the coefficient is rounded to 8 bits, and so may be the coefficient before it. "
+        "Measured: 2.5e-3.",
+    ),
+    "clipped_in_float16": (
+        2.0**-10,
+        "The same with 11 bits. Measured: 2.3e-4.",
+    ),
 }
 
 

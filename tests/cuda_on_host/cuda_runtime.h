@@ -1,11 +1,12 @@
-// As much of the CUDA runtime as csrc/cuda.cu uses, for a plain C++ compiler: a launch runs every thread of every block
-// in turn. Stands in for the toolkit's header of the same name; see tests/test_cuda_on_host.py.
+// As much of the CUDA runtime as csrc/cuda.cu uses, for a plain C++ compiler; launch.cpp says how a launch runs. Stands
+// in for the toolkit's header of the same name; see tests/test_cuda_on_host.py, and tests/test_cuda_stand_in.py for
+// what it can be trusted with.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
-#include <utility>
+#include <functional>
 
 #define __global__
 #define __device__
@@ -13,9 +14,24 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 
+// Blocks run one after another, so one copy serves them all. The section is where a launch finds it, to write over it
+// before each block (GCC 12 ignores the section in templates: there a block finds what the one before left); `used`
+// keeps the compiler from taking the kernel's stores for the only ones.
+#define __shared__ static __attribute__((section("shared_memory"), used))
+
+// The line tells barriers apart that threads of one block reach in different branches.
+#define __syncthreads() wait_at_barrier(__LINE__)
+void wait_at_barrier(int line);
+
 using cudaStream_t = struct CUstream_st*;
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorInvalidDeviceFunction = 98 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDeviceFunction = 98,
+  cudaErrorMisalignedAddress = 716,
+  cudaErrorLaunchFailure = 719,
+};
 
 inline const char* cudaGetErrorString(cudaError_t) { return "an error of the CUDA stand-in"; }
 
@@ -40,26 +56,23 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-inline thread_local dim3 blockIdx;
-inline thread_local dim3 threadIdx;
+// One launch at a time, on one thread of the CPU.
+inline dim3 blockIdx;
+inline dim3 threadIdx;
 
 // Whether launches run their last thread first. A GPU promises no order, so none may matter.
-inline thread_local bool last_thread_first = false;
+inline bool last_thread_first = false;
+
+// How many basic blocks code compiled with -fsanitize-coverage=trace-pc has entered.
+inline int64_t basic_blocks_entered = 0;
 
 inline void* __cvta_global_to_generic(size_t address) { return reinterpret_cast<void*>(address); }
+
+cudaError_t run_grid(const cudaLaunchConfig_t& config, const std::function<void()>& kernel);
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  constexpr uint64_t kMaxBlocks = 0x7fffffff, kMaxThreads = 1024;
-  const uint64_t blocks = config->gridDim.x, threads = config->blockDim.x;
   if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
-  if (blocks == 0 || blocks > kMaxBlocks || threads == 0 || threads > kMaxThreads) return cudaErrorInvalidConfiguration;
-  for (uint64_t i = 0; i < blocks * threads; ++i) {
-    const uint64_t thread = last_thread_first ? blocks * threads - 1 - i : i;
-    blockIdx = dim3(static_cast<unsigned>(thread / threads), 0, 0);
-    threadIdx = dim3(static_cast<unsigned>(thread % threads), 0, 0);
-    kernel(arguments...);
-  }
-  return cudaSuccess;
+  return run_grid(*config, [&] { kernel(arguments...); });
 }

@@ -1,0 +1,188 @@
+"""Hyperparameters: what a group's values may be, and how they reach the rows that *prepare* reads."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from adamw_kernels.launch_table import LaunchTable
+
+WORDS_PER_HYPER_ROW = 8
+HYPER_SOURCE = 7  # word of a HyperRow that says, two bits a field, what each field holds
+FROM_VALUE, FROM_FLOAT32, FROM_FLOAT64 = range(3)
+
+
+class Hyperparameters(NamedTuple):
+    """One parameter group's hyperparameters, in the order of a HyperRow: Python floats or one-element tensors."""
+
+    lr: float | torch.Tensor
+    beta1: float | torch.Tensor
+    beta2: float | torch.Tensor
+    eps: float | torch.Tensor
+    weight_decay: float | torch.Tensor
+    max_grad_norm: float | torch.Tensor | None = None
+    ema_decay: float | torch.Tensor | None = None
+
+
+HYPERPARAMETERS = Hyperparameters._fields
+"""The fields of a HyperRow, in order."""
+
+# Bounds of a float in each of these fields: low <= value < high. The widest finite ones where any value is accepted.
+_LOW = (-sys.float_info.max, 0.0, 0.0, 0.0, -sys.float_info.max, sys.float_info.min, 0.0)
+_HIGH = (math.inf, 1.0, 1.0, math.inf, math.inf, math.inf, 1.0)
+
+
+class HyperparameterRows:
+    """Writes the groups' hyperparameters into every table, and keeps tensors among them live.
+
+    A float is written by value. A one-element float32 or float64 tensor on the table's own device is read there by
+    each step, through its address. A CPU tensor beside a GPU table is read by the host on each step, which needs no
+    synchronisation; a tensor on another GPU is copied over on each step, on the device.
+
+    Attributes:
+        written: the objects, seven a group, that the rows now hold. Kept here and not by the optimizer: a wrapper that
+            copies an optimizer's `__dict__` shares the rows with it.
+    """
+
+    def __init__(self, tables: Sequence[LaunchTable]) -> None:
+        """Remember the tables; `write_all` fills them."""
+        self._tables = tables
+        self.written: list[float | torch.Tensor | None] = []
+        self._live: list[Callable[[], bool]] = []
+        self._kept_alive: list[torch.Tensor] = []
+
+    def write_all(self, values: Sequence[float | torch.Tensor | None]) -> None:
+        """Write every row anew: seven values a group, in the order of HYPERPARAMETERS, already checked.
+
+        None, which stands for an option that is off, leaves its word alone: no flag makes a kernel read it.
+        """
+        self._live.clear()
+        self._kept_alive.clear()
+        self.written = [*values]
+        for table in self._tables:
+            for group in range(len(values) // len(HYPERPARAMETERS)):
+                source = 0
+                base = group * WORDS_PER_HYPER_ROW
+                for field in range(len(HYPERPARAMETERS)):
+                    value = values[group * len(HYPERPARAMETERS) + field]
+                    if isinstance(value, torch.Tensor):
+                        source |= self._bind(table, base + field, value) << (2 * field)
+                    elif value is not None:
+                        table.hyper_values[base + field] = value
+                table.hyper_words[base + HYPER_SOURCE] = source
+
+    def update(self, values: Sequence[float | torch.Tensor | None]) -> bool:
+        """Check and write the values that are other objects than those written last.
+
+        Returns:
+            False if an option was switched on or off, which no row can express.
+
+        Raises:
+            ValueError: a value that `check_hyperparameters` refuses; then no row was written.
+        """
+        before = self.written
+        changed = [i for i, (new, old) in enumerate(zip(values, before, strict=True)) if new is not old]
+        if any((values[i] is None) != (before[i] is None) for i in changed):
+            return False
+        fields = len(HYPERPARAMETERS)
+        # A scheduler changes every group on every step: floats within their bounds are told at a glance.
+        unusual = [
+            i
+            for i in changed
+            if type(values[i]) is not float or not _LOW[i % fields] <= values[i] < _HIGH[i % fields]  # type: ignore[operator]
+        ]
+        for group in sorted({i // fields for i in unusual}):
+            check_hyperparameters(
+                Hyperparameters(*values[group * fields : (group + 1) * fields]),  # type: ignore[arg-type]
+                f"param_groups[{group}]",
+            )
+        if any(isinstance(values[i], torch.Tensor) for i in unusual) or any(
+            isinstance(before[i], torch.Tensor) for i in changed
+        ):
+            self.write_all(values)
+            return True
+        self.written = [*values]
+        for table in self._tables:
+            for i in changed:
+                table.hyper_values[i // fields * WORDS_PER_HYPER_ROW + i % fields] = values[i]  # type: ignore[assignment]
+        return True
+
+    def _bind(self, table: LaunchTable, position: int, value: torch.Tensor) -> int:
+        """Make a tensor's value reach word `position` of a table; what that word then holds."""
+        if value.device == table.device and value.dtype in (torch.float32, torch.float64):
+            self._kept_alive.append(value)
+
+            dtype = value.dtype
+
+            def point_at_it() -> bool:  # `tensor.data = ...` gives the same tensor other memory, even another dtype
+                table.hyper_words[position] = value.data_ptr()
+                return value.dtype == dtype and value.device == table.device
+
+            point_at_it()
+            self._live.append(point_at_it)
+            return FROM_FLOAT32 if dtype == torch.float32 else FROM_FLOAT64
+        if value.device.type == "cpu":
+
+            def read_on_host() -> bool:
+                table.hyper_values[position] = value.item()
+                return True
+
+            read_on_host()
+            self._live.append(read_on_host)
+            return FROM_VALUE
+        mirror = torch.empty((), dtype=torch.float64, device=table.device)
+        self._kept_alive.append(mirror)
+
+        def copy_over() -> bool:
+            mirror.copy_(value.detach().reshape(()), non_blocking=True)
+            return True
+
+        copy_over()
+        self._live.append(copy_over)
+        table.hyper_words[position] = mirror.data_ptr()
+        return FROM_FLOAT64
+
+    def refresh(self) -> bool:
+        """Bring over the values or addresses of the tensors among the hyperparameters; False if one no longer fits."""
+        return all([read() for read in self._live])
+
+
+def check_hyperparameters(hyper: Hyperparameters, where: str) -> None:
+    """Refuse values with which a step would destroy the weights.
+
+    Tensors on a GPU are checked for their shape alone: reading them would synchronise.
+
+    Raises:
+        ValueError: naming the hyperparameter, its value, and what is accepted.
+    """
+    for key in HYPERPARAMETERS:
+        value: Any = getattr(hyper, key)
+        if value is None and key in ("max_grad_norm", "ema_decay"):
+            continue
+        if isinstance(value, torch.Tensor):
+            if value.numel() != 1 or value.is_complex():
+                raise ValueError(
+                    f"{where}: {key} is a tensor of shape {tuple(value.shape)} and dtype {value.dtype}; "
+                    "expected a float or a tensor with one real element"
+                )
+            if value.device.type != "cpu":
+                continue
+            value = value.item()
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if key == "max_grad_norm":  # infinity: measure, never clip
+            if not is_number or not value > 0.0:
+                raise ValueError(f"{where}: max_grad_norm is {value!r}; expected a number above 0, or None")
+            continue
+        if not is_number or not math.isfinite(value):
+            raise ValueError(f"{where}: {key} is {value!r}; expected a finite number or a one-element tensor")
+        value = float(value)
+        if key in ("beta1", "beta2", "ema_decay") and not 0.0 <= value < 1.0:
+            raise ValueError(f"{where}: {key} is {value!r}; expected 0 <= {key} < 1")
+        if key == "eps" and value < 0.0:
+            raise ValueError(f"{where}: eps is {value!r}; expected eps >= 0")

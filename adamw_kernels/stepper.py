@@ -1,0 +1,590 @@
+"""The optimizer's step on the host: a plan that is built once, and the sweep that brings it up to date.
+
+A `Stepper` steps the parameters it is shown: all of an optimizer's, or a single one whose gradient has just arrived.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from adamw_kernels.control import NormDomain, StepControl, shard_groups
+from adamw_kernels.formats import DLPACK_DTYPES, EMA_FORMATS, ema_dtype, moment_dtype, moment_like, random_stream
+from adamw_kernels.functional import (
+    check_grad,
+    check_overlap,
+    check_state,
+    chooser,
+    dense_grad,
+    grad_address,
+    local_grad,
+    local_param,
+    local_view,
+)
+from adamw_kernels.hyperparameters import Hyperparameters, check_hyperparameters
+from adamw_kernels.launch_table import LaunchPlan, TensorSpec
+from adamw_kernels.tensor_watch import ALWAYS_ODD, NO_ROW, STATE_KEYS, TensorWatch, same_layout, watch_tensors
+
+# Largest step count, a float32, that the kernels' repeated squaring covers. As a float32 it stops growing at 2^24
+# anyway, when the bias corrections have long been 1.
+MAX_STEP = 2**31 - 128
+
+FURTHER_OPTIONS: dict[str, Any] = {
+    "cautious": False,
+    "cautious_weight_decay": False,
+    "max_grad_norm": None,
+    "ema_decay": None,
+    "ema_warmup": False,
+    "ema_format": "float32",
+}
+"""Options that torch does not know; a group in which one is missing has this value."""
+
+# A group's hyperparameters, then its options that shape the plan.
+_torch_options = operator.itemgetter(
+    "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"
+)
+
+
+class Member(NamedTuple):
+    """A parameter that has a row in the plan, as it was when the plan was built. Keeps no tensor alive."""
+
+    name: str
+    row: int
+    param_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    addresses: dict[str, int]
+
+
+class Options(NamedTuple):
+    """What concerns an optimizer as a whole.
+
+    Attributes:
+        backend: as `backends.choose` takes it.
+        clip_per_group: every group has a gradient norm of its own.
+        process_group: over which parameters other than DTensors are sharded, or None.
+        seed: of the random bits of stochastic rounding.
+    """
+
+    backend: str = "auto"
+    clip_per_group: bool = False
+    process_group: Any = None
+    seed: int = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Options:
+        """Itself: nothing in it changes, and a process group cannot be copied."""
+        return self
+
+
+class Stepper:
+    """One step over the parameters of `groups`; keeps the plan from step to step.
+
+    Attributes:
+        plan: the launch plan, or None before the first step.
+        watch: what notices that the plan no longer fits.
+        members: the parameters that have a row, by id.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lists: list[dict[str, Any]],
+        state: Any,
+        options: Options,
+        find_control: Callable[[bool], StepControl | None],
+        place: tuple[int, int, int] = (0, 0, 0),
+    ) -> None:
+        """Nothing is built before the first step.
+
+        Args:
+            groups: whose hyperparameters count.
+            lists: as many dicts, whose "params" are stepped: `groups` themselves, or parts of them.
+            state: the optimizer's state of these parameters.
+            options: of the optimizer.
+            find_control: called for each plan, with whether a loss scaler is at work: what decides over its steps, or
+                None.
+            place: of the first of these parameters in the optimizer: its group, its index there, and its position over
+                all groups.
+        """
+        self.groups = groups
+        self.lists = lists
+        self.state = state
+        self.options = options
+        self.control: StepControl | None = None
+        self._find_control = find_control
+        self.place = place
+        self.plan: LaunchPlan | None = None
+        self.watch: TensorWatch | None = None
+        self.members: dict[int, Member] = {}
+        self._captured: LaunchPlan | None = None  # that of the last graph
+        self._flat_shards = False
+        self._structure: list[Any] | None = None
+        self._sizes: list[int] = []  # of the groups' dicts when the plan was built
+        self._extended: list[bool] = []  # groups that had any of FURTHER_OPTIONS then
+
+    # --- the step -------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        grad_scale: torch.Tensor | float | None = None,
+        found_inf: torch.Tensor | float | None = None,
+        *,
+        capturing: bool = False,
+    ) -> None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            grad_scale: gradients are this many times too large.
+            found_inf: if not zero, or NaN, the step is skipped.
+            capturing: the current stream is being captured in a CUDA graph.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as `FusedAdamW.step`.
+        """
+        signalled = grad_scale is not None or found_inf is not None
+        sweep = None if signalled and self.control is None else self._sweep()
+        if capturing:
+            self._check_capture(sweep is not None)
+        if sweep is None:
+            self._build(signalled=signalled)
+            sweep = self._sweep()
+            assert sweep is not None, "a plan built a moment ago fits"
+        params, _grads, relaid = sweep  # alive until the launch: their addresses are in the table
+        if grad_scale is not None and self._flat_shards and self.options.process_group is None:
+            # After `unscale_` (then there is no grad_scale) a sharded scaler's flag is everybody's; here it is our own.
+            raise RuntimeError(
+                "parameters are sharded by FullyShardedDataParallel, and this process knows only its own shards' "
+                "overflow: some would step while others skip. Call scaler.unscale_(optimizer) before "
+                "scaler.step(optimizer), or pass process_group= to FusedAdamW."
+            )
+        if self.control is not None:
+            self.control.signal(grad_scale, found_inf, capturing=capturing)
+        torch.autograd.graph.increment_version(params)
+        assert self.plan is not None
+        self.plan.launch(capturing=capturing)
+        if capturing:
+            self._captured = self.plan
+        del relaid
+
+    def upload_hyperparameters(self) -> None:
+        """Bring the devices' hyperparameter rows up to date without a step.
+
+        Raises:
+            RuntimeError: the plan must be built anew, which only a step does.
+        """
+        if self.plan is None:
+            return
+        if self._captured not in (None, self.plan) or not self._refresh_hyperparameters():
+            raise RuntimeError(
+                "parameters, state or an option other than a hyperparameter's value changed since the step was "
+                "captured (amsgrad, one that was None, a group added, a first gradient); the graph cannot follow. Take "
+                "one eager step and capture again."
+            )
+        for table in self.plan.tables:
+            table.send_hyperparameters()
+
+    def _check_capture(self, plan_fits: bool) -> None:
+        """Refuse what a CUDA graph cannot replay.
+
+        Raises:
+            RuntimeError: saying what to do instead.
+        """
+        if not plan_fits or self.plan is None:
+            raise RuntimeError(
+                "the optimizer has not taken a step with these parameters, options and kinds of gradients yet, and "
+                "what a first step does (allocating, compiling, sending tables) cannot be captured in a CUDA graph. "
+                "Take one eager step before the capture."
+            )
+        devices = [str(table.device) for table in self.plan.tables]
+        if len(devices) > 1 or (devices and self.plan.tables[0].device.type != "cuda"):
+            raise RuntimeError(
+                f"a CUDA graph is being captured, and the optimizer holds parameters with gradients on "
+                f"{', '.join(devices)}: a graph replays the work of one GPU. Use one optimizer a device."
+            )
+        if not all(table.has_current_hyperparameters() for table in self.plan.tables):
+            raise RuntimeError(
+                "hyperparameters changed since the last step, and sending them is no part of a CUDA graph (it would "
+                "replay these values for ever). Call upload_hyperparameters() before the capture, as between replays."
+            )
+
+    def _sweep(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]] | None:
+        """Bring the plan up to date, or return None where it must be built anew."""
+        if self.plan is None or self.watch is None or not self._refresh_hyperparameters():
+            return None
+        with torch._C.DisableTorchFunctionSubclass():
+            found = self.watch.sweep(self.lists, self.state)
+        if found is None:
+            return None
+        params, grads, odd = found
+        relaid = self._read_odd(odd) if odd else []
+        return None if relaid is None else (params, grads, relaid)
+
+    def _refresh_hyperparameters(self) -> bool:
+        """Write the hyperparameters that changed; False if the plan's structure depends on one of them."""
+        assert self.plan is not None
+        rows = self.plan.hypers
+        if [*map(len, self.groups)] != self._sizes:  # an option may have been added
+            return False
+        structure: list[Any] = []
+        hypers: list[Any] = []
+        for group, extended in zip(self.groups, self._extended, strict=True):
+            lr, (beta1, beta2), eps, weight_decay, *shape = _torch_options(group)
+            structure += shape
+            if extended:
+                hypers += (lr, beta1, beta2, eps, weight_decay, group.get("max_grad_norm"), group.get("ema_decay"))
+                structure += _further_structure(group)
+            else:  # the usual case, of possibly hundreds of groups
+                hypers += (lr, beta1, beta2, eps, weight_decay, None, None)
+        if structure != self._structure or len(hypers) != len(rows.written):
+            return False
+        if not all(map(operator.is_, hypers, rows.written)) and not rows.update(hypers):
+            return False
+        return rows.refresh()
+
+    @torch.no_grad()
+    def _read_odd(self, odd: list[int]) -> list[torch.Tensor] | None:
+        """Write the gradients' addresses that the watch could not; the tensors must outlive the launch."""
+        assert self.plan is not None
+        params = [p for group in self.lists for p in group["params"]]
+        kept: list[torch.Tensor] = []
+        for position in odd:
+            has_grad = position >= 0
+            p = params[position if has_grad else -1 - position]
+            member = self.members[id(p)]
+            address = 0
+            if has_grad:
+                with torch._C.DisableTorchFunctionSubclass():
+                    local, grad = local_view(p), _local_grad(p)
+                    if (local.dtype, grad.dtype) != (member.param_dtype, member.grad_dtype):
+                        return None
+                    if _addresses(local, self.state[p]) != member.addresses or grad.layout != torch.strided:
+                        return None
+                    if grad.shape != local.shape or grad.device != local.device:
+                        return None
+                    grad = dense_grad(local, grad)
+                kept.append(grad)
+                address = grad_address(grad)
+            self.plan.write_grad(member.row, address)
+        return kept
+
+    # --- building the plan ------------------------------------------------------------------------------------------
+
+    @torch.inference_mode(False)  # the tables outlive this step, and inference tensors could not be written later
+    @torch.no_grad()
+    def _build(self, *, signalled: bool) -> None:
+        """Check everything, create missing state, and build the launch tables. No parameter is updated yet."""
+        self.plan = self.watch = None
+        hypers: list[Any] = []
+        structure: list[Any] = []
+        sizes = [len(group) for group in self.groups]
+        extended = [not FURTHER_OPTIONS.keys().isdisjoint(group) for group in self.groups]
+        for index, group in enumerate(self.groups):
+            hyper = group_hyperparameters(group)
+            check_hyperparameters(hyper, f"param_groups[{self.place[0] + index}]")
+            hypers += hyper
+            structure += _torch_options(group)[4:]
+            if extended[index]:
+                structure += _further_structure(group)
+        self.control = self._find_control(signalled)
+        with torch._C.DisableTorchFunctionSubclass():
+            domains = self._domains()
+            specs, grads, members = self._collect(keep_idle=True)
+            try:
+                check_overlap(specs, grads)
+            except ValueError:  # does it concern parameters that have no gradient, and so are not written?
+                specs, grads, members = self._collect(keep_idle=False)
+                check_overlap(specs, grads)
+            plan = LaunchPlan(
+                specs,
+                len(self.groups),
+                chooser(self.options.backend),
+                control=self.control,
+                domains=domains,
+                home=next((p.device for group in self.lists for p in group["params"]), None),
+            )
+            plan.hypers.write_all(hypers)
+            slots, dtypes = [], []
+            for p in (p for group in self.lists for p in group["params"]):
+                member = members.get(id(p))
+                plain = member is not None and not p.is_complex() and not hasattr(p, "_local_tensor")
+                slots.append(NO_ROW if member is None else plan.slots[member.row] if plain else ALWAYS_ODD)
+                dtypes.append(0 if member is None else DLPACK_DTYPES[member.grad_dtype])
+            self.watch = watch_tensors(self.lists, self.state, slots, dtypes)
+        if self.control is not None:
+            self.control.keep_only([table.device for table in plan.tables])
+        self.plan = plan
+        self.members = members
+        self._structure, self._sizes, self._extended = structure, sizes, extended
+        self._flat_shards = any(_is_flat_shard(p) for group in self.lists for p in group["params"])
+
+    def _name(self, group: int, index: int) -> str:
+        return param_name(self.groups[group], self.place[0] + group, self.place[1] + index)
+
+    def _collect(self, keep_idle: bool) -> tuple[list[TensorSpec], list[torch.Tensor], dict[int, Member]]:
+        """The rows of the plan: every parameter with a gradient and, if `keep_idle`, those that had one before.
+
+        The latter keep their row so that gradients that come and go (experts, frozen layers) cost nothing.
+        """
+        places = [(group, index) for group, g in enumerate(self.lists) for index in range(len(g["params"]))]
+        candidates: dict[int, tuple[str, int, torch.Tensor, int]] = {}
+        for position, (group, index) in enumerate(
+            places, self.place[2]
+        ):  # a parameter listed twice in its group (torch warns of it) has one row
+            p = self.lists[group]["params"][index]
+            if p.grad is not None or (keep_idle and self.state.get(p)):
+                candidates.setdefault(id(p), (self._name(group, index), group, p, position))
+        for name, group, p, _ in candidates.values():  # first all checks, then the first change
+            if p.grad is not None:
+                local = local_param(name, p)
+                check_grad(name, local, _local_grad(p))
+                _check_adoptable(name, p, local, self.state.get(p, {}))
+                _check_ema_format(name, p, self.groups[group])
+
+        specs: list[TensorSpec] = []
+        grads: list[torch.Tensor] = []
+        members: dict[int, Member] = {}
+        steps_seen: set[int] = set()
+        for name, group, p, position in candidates.values():
+            options = FURTHER_OPTIONS | self.groups[group]
+            if p.grad is not None:
+                self._complete_state(name, p, options, steps_seen)
+            try:
+                spec = self._spec(name, group, p, position)
+            except (AttributeError, KeyError, TypeError, ValueError):
+                if p.grad is not None:
+                    raise
+                continue  # has no gradient: whatever does not fit is looked at when it has one
+            members[id(p)] = Member(
+                name, len(specs), spec.param.dtype, spec.grad_dtype, _addresses(spec.param, self.state[p])
+            )
+            specs.append(spec)
+            grads.append(spec.param if p.grad is None else _local_grad(p))
+        return specs, grads, members
+
+    def _spec(self, name: str, group: int, p: torch.Tensor, position: int) -> TensorSpec:
+        options = FURTHER_OPTIONS | self.groups[group]
+        state, local = self.state[p], local_param(name, p)
+        keys = ("step", *_moment_keys(options["amsgrad"]), *(() if options["ema_decay"] is None else ("param_ema",)))
+        views = {key: local_view(state[key]) for key in keys}
+        for key, view in views.items():
+            check_state(name, key, local, view)
+        if "param_ema" in views and views["param_ema"].dtype != ema_dtype(local.dtype, options["ema_format"]):
+            raise TypeError(f"param_ema of {name} has dtype {views['param_ema'].dtype}")  # to be converted when stepped
+        return TensorSpec(
+            name=name,
+            param=local,
+            grad_dtype=local.dtype if p.grad is None else _local_grad(p).dtype,
+            exp_avg=views["exp_avg"],
+            exp_avg_sq=views["exp_avg_sq"],
+            max_exp_avg_sq=views.get("max_exp_avg_sq"),
+            step=views["step"],
+            hyper=group,
+            amsgrad=bool(options["amsgrad"]),
+            maximize=bool(options["maximize"]),
+            decoupled=bool(options["decoupled_weight_decay"]),
+            cautious=bool(options["cautious"]),
+            cautious_decay=bool(options["cautious_weight_decay"]),
+            clip=options["max_grad_norm"] is not None,
+            ema=views.get("param_ema"),
+            ema_warmup=options["ema_decay"] is not None and bool(options["ema_warmup"]),
+            domain=self._domain(group, p),
+            random_stream=random_stream(self.options.seed, position),
+        )
+
+    def _domain(self, group: int, p: torch.Tensor) -> NormDomain:
+        """Which sum of squares a parameter's gradient is part of."""
+        if self.control is None:
+            return NormDomain()
+        norm = group if self.options.clip_per_group else 0
+        return NormDomain(norm, shard_groups(p, self.options.process_group))
+
+    def _domains(self) -> list[NormDomain]:
+        """All sums of squares, also those to which no gradient adds here.
+
+        Processes reduce as many numbers in the same order, or raise together, only if this does not depend on whose
+        gradients, or whose plain tensors, lie where.
+
+        Raises:
+            RuntimeError: a parameter is known to be sharded, and not over which processes.
+        """
+        if self.control is None:
+            return []
+        process_group = self.options.process_group
+        norms = range(self.control.num_norms if process_group is not None else 0)
+        domains = [NormDomain(norm, (process_group,)) for norm in norms]
+        for index, group in enumerate(self.lists):
+            for i, p in enumerate(group["params"]):
+                if self.control.measures and process_group is None and _is_flat_shard(p):
+                    raise RuntimeError(
+                        f"{self._name(index, i)} is sharded by FullyShardedDataParallel, and gradient norms and guards "
+                        "need to know over which processes. Pass process_group= to FusedAdamW."
+                    )
+                domains.append(self._domain(index, p))
+        return domains
+
+    # --- state ------------------------------------------------------------------------------------------------------
+
+    def _complete_state(self, name: str, p: torch.Tensor, options: dict[str, Any], steps_seen: set[int]) -> None:
+        """Create what is missing in a parameter's state and bring the rest into the form that kernels read.
+
+        Loaded steps may be numbers or tensors of any dtype, shape or device; loaded moments may have another dtype,
+        device or layout. A moment is only ever widened, except where a float64 model became a narrower one.
+        """
+        state = self.state[p]
+        local = local_view(p)
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=local.device)
+        else:
+            step = state["step"]
+            if not isinstance(step, torch.Tensor):
+                step = torch.tensor(float(step))
+            if step.dtype != torch.float32 or step.device != local.device or step.numel() != 1:
+                step = step.detach().reshape(()).to(device=local.device, dtype=torch.float32)
+            if step.data_ptr() in steps_seen:
+                step = step.clone()  # one counter for several parameters would be advanced several times
+            state["step"] = step
+        steps_seen.add(state["step"].data_ptr())
+
+        dtype = moment_dtype(p.dtype)
+        for key in _moment_keys(options["amsgrad"]):
+            if key not in state:
+                state[key] = moment_like(p)
+                continue
+            moment = state[key]
+            if moment.dtype == torch.float64 and dtype != torch.float64 and p.dtype != torch.float64:
+                warnings.warn(
+                    f"{key} of {name} is float64 and its parameter {p.dtype}: it is rounded to {dtype}", stacklevel=2
+                )
+            moment = moment.to(device=p.device, dtype=dtype)
+            if not same_layout(local_view(moment), local):
+                moment = moment_like(p).copy_(moment)
+            if moment is not state[key]:
+                state[key] = moment
+        if options["ema_decay"] is not None:
+            # A new average starts at the weight before this step's update.
+            ema = state.get("param_ema", p.detach())
+            ema = ema.to(device=p.device, dtype=ema_dtype(p.dtype, options["ema_format"]))
+            if not same_layout(local_view(ema), local):
+                ema = torch.empty_like(p, dtype=ema.dtype, memory_format=torch.preserve_format).copy_(ema)
+            if "param_ema" not in state:
+                # In memory of its own, unless a conversion has seen to that.
+                state["param_ema"] = ema.clone() if local_view(ema).data_ptr() == local.data_ptr() else ema
+            elif ema is not state["param_ema"]:
+                state["param_ema"] = ema
+
+
+# --- checks and names -------------------------------------------------------------------------------------------------
+
+
+def group_hyperparameters(group: dict[str, Any]) -> Hyperparameters:
+    """A group's hyperparameters, in the order of a HyperRow."""
+    (beta1, beta2) = group["betas"]
+    further = group.get("max_grad_norm"), group.get("ema_decay")
+    return Hyperparameters(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], *further)
+
+
+def _further_structure(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What else shapes the plan; None where a group does not say, which is another way to say the default."""
+    get = group.get
+    return get("cautious"), get("cautious_weight_decay"), get("ema_warmup"), get("ema_format")
+
+
+def _is_flat_shard(p: torch.Tensor) -> bool:
+    """Whether it is a shard of FullyShardedDataParallel (FSDP1), a plain tensor to look at."""
+    return getattr(p, "_fsdp_flattened", False) or type(p).__name__ == "FlatParameter"
+
+
+def param_name(group: dict[str, Any], group_index: int, index: int) -> str:
+    """The parameter's own name where the user gave names, else its place."""
+    names = group.get("param_names")
+    place = f"param_groups[{group_index}]['params'][{index}]"
+    return f"parameter {names[index]!r} ({place})" if names is not None else place
+
+
+def _moment_keys(amsgrad: bool) -> tuple[str, ...]:
+    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
+
+
+def _addresses(local: torch.Tensor, state: dict[str, Any]) -> dict[str, int]:
+    """Where a parameter and its state live; the user's own entries beside them are not ours to look at."""
+    found = {key: local_view(state[key]).data_ptr() for key in STATE_KEYS if isinstance(state.get(key), torch.Tensor)}
+    return {"param": local.data_ptr(), **found}
+
+
+def _local_grad(p: torch.Tensor) -> torch.Tensor:
+    """The local, real memory of a parameter's gradient, placed as the parameter is."""
+    grad = p.grad
+    assert grad is not None
+    placements = getattr(p, "placements", None)
+    if placements is not None and getattr(grad, "placements", placements) != placements:
+        grad = grad.redistribute(p.device_mesh, placements)  # type: ignore[attr-defined]
+    return local_grad(grad)
+
+
+def _check_adoptable(name: str, p: torch.Tensor, local: torch.Tensor, state: dict[str, Any]) -> None:
+    """Refuse a loaded or edited state that cannot be completed without losing something.
+
+    Raises:
+        ValueError, TypeError: naming the parameter, what it was, and the way out.
+    """
+    known = [key for key in ("step", "exp_avg", "exp_avg_sq") if key in state]
+    if known and len(known) != 3:
+        missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in state]
+        raise ValueError(
+            f"the state of {name} has {', '.join(known)} but no {', '.join(missing)}; expected all three or none. "
+            "Load a complete state, or delete the entry to start anew."
+        )
+    for key in (*known, "max_exp_avg_sq", "param_ema"):
+        if isinstance(state.get(key), torch.Tensor) and state[key].device.type == "meta":
+            raise ValueError(
+                f"{key} of {name} is on the meta device and has no values; expected a tensor that has. Load the state "
+                "again without mapping it to meta, or delete the entry to start anew."
+            )
+    if "step" in known:
+        step = state["step"]
+        if isinstance(step, torch.Tensor) and step.numel() != 1:
+            raise ValueError(f"step of {name} has shape {tuple(step.shape)}; expected one element.")
+        on_device = isinstance(step, torch.Tensor) and step.device == local.device and step.device.type != "cpu"
+        if not on_device and not (0 <= float(step) <= MAX_STEP and float(step) == int(step)):
+            raise ValueError(f"step of {name} is {float(step)}; expected a whole number from 0 to {MAX_STEP}.")
+    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "param_ema"):
+        moment = state.get(key)
+        if moment is None:
+            continue
+        if not isinstance(moment, torch.Tensor) or not (moment.is_floating_point() or moment.is_complex()):
+            kind = moment.dtype if isinstance(moment, torch.Tensor) else type(moment).__name__
+            raise TypeError(f"{key} of {name} is {kind}; expected a floating-point tensor.")
+        if moment.layout != torch.strided:
+            raise TypeError(
+                f"{key} of {name} has layout {moment.layout}; expected a strided tensor. Make it dense with "
+                "`.to_dense()`."
+            )
+        if moment.is_complex() != p.is_complex():
+            raise TypeError(f"{key} of {name} has dtype {moment.dtype} beside a {p.dtype} parameter.")
+        view = local_view(moment)
+        if view.shape != local.shape:
+            raise ValueError(
+                f"{key} of {name} has shape {tuple(view.shape)}, the parameter {tuple(local.shape)}; expected the same "
+                "shape. If the parameter was resized, delete its entry in the optimizer's state."
+            )
+
+
+def _check_ema_format(name: str, p: torch.Tensor, group: dict[str, Any]) -> None:
+    """Refuse an unknown format, and an average that would be far coarser than its parameter.
+
+    Raises:
+        ValueError, TypeError: naming the parameter.
+    """
+    if group.get("ema_decay") is None:
+        return
+    ema_format = group.get("ema_format", FURTHER_OPTIONS["ema_format"])
+    if ema_format not in EMA_FORMATS:
+        raise ValueError(f"ema_format of {name} is {ema_format!r}; expected one of {', '.join(EMA_FORMATS)}")
+    if ema_format == "bfloat16" and (p.dtype == torch.float64 or p.is_complex()):
+        raise TypeError(
+            f"{name} has dtype {p.dtype}, and ema_format is 'bfloat16'; expected a float32, bfloat16 or float16 "
+            "parameter beside it. Use ema_format='float32', which keeps the average in the moments' dtype."
+        )
