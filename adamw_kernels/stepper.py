@@ -226,8 +226,11 @@ class Stepper:
         """Write the hyperparameters that changed; False if the plan's structure depends on one of them."""
         assert self.plan is not None
         rows = self.plan.hypers
-        if [*map(len, self.groups)] != self._sizes:  # an option may have been added
-            return False
+        sizes = [*map(len, self.groups)]
+        if sizes != self._sizes:  # one of our options was added, or something else (a schedule's initial_lr)
+            if [*map(_is_extended, self.groups)] != self._extended:
+                return False
+            self._sizes = sizes
         structure: list[Any] = []
         hypers: list[Any] = []
         for group, extended in zip(self.groups, self._extended, strict=True):
@@ -280,7 +283,7 @@ class Stepper:
         hypers: list[Any] = []
         structure: list[Any] = []
         sizes = [len(group) for group in self.groups]
-        extended = [not FURTHER_OPTIONS.keys().isdisjoint(group) for group in self.groups]
+        extended = [*map(_is_extended, self.groups)]
         for index, group in enumerate(self.groups):
             hyper = group_hyperparameters(group)
             check_hyperparameters(hyper, f"param_groups[{self.place[0] + index}]")
@@ -484,6 +487,11 @@ def group_hyperparameters(group: dict[str, Any]) -> Hyperparameters:
     (beta1, beta2) = group["betas"]
     further = group.get("max_grad_norm"), group.get("ema_decay")
     return Hyperparameters(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], *further)
+
+
+def _is_extended(group: dict[str, Any]) -> bool:
+    """Whether the group has any of FURTHER_OPTIONS."""
+    return not FURTHER_OPTIONS.keys().isdisjoint(group)
 
 
 def _further_structure(group: dict[str, Any]) -> tuple[Any, ...]:

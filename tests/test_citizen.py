@@ -377,7 +377,9 @@ def test_an_optimizer_is_freed(device: torch.device, watch: str) -> None:
     counts = [sys.getrefcount(p) for p in params]
     opt = FusedAdamW(params, **HYPER)
     step_all(Gradients(), opt, steps=2)
-    references = [weakref.ref(opt), weakref.ref(opt._internals.stepper.plan), weakref.ref(opt.state[params[0]]["exp_avg"])]
+    plan = opt._internals.stepper.plan
+    references = [weakref.ref(kept) for kept in (opt, plan, opt.state[params[0]]["exp_avg"])]
+    del plan
     del opt
     gc.collect()
     assert [reference() for reference in references] == [None] * 3

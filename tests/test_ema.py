@@ -194,7 +194,7 @@ def test_decay_may_be_a_tensor(path: Path, where: str, dtype: torch.dtype) -> No
 
 
 def test_average_switched_on_and_off(path: Path) -> None:
-    """Switched on, it starts at the weight of that moment; switched off, it stays as it was, in the state too."""
+    """Switched on, it starts at the weight of that moment; switched off, it stays in the state and is not shown."""
     p = make_params(path.device, torch.float32)[0]
     opt = FusedAdamW([p], **HYPER)
     train(opt, 3)
@@ -211,6 +211,8 @@ def test_average_switched_on_and_off(path: Path) -> None:
     opt.param_groups[0]["ema_decay"] = None
     train(opt, 2, seed=4)
     average.check(opt, "switched off")
+    with pytest.raises(RuntimeError, match="no parameter has an average"):
+        enter_again(opt)  # what no longer follows its weight is not shown
 
 
 def test_frozen_parameters(path: Path) -> None:
@@ -400,6 +402,18 @@ def test_weights_come_back_after_an_error(device: torch.device) -> None:
     with opt.ema_weights():
         pass
     assert_unchanged(before, snapshot(opt))
+
+
+def test_all_weights_come_back_that_can(device: torch.device) -> None:
+    """A parameter that was given another shape within is an error at the end; the others have their weights again."""
+    opt = make_shown(device)
+    weights = [p.detach().clone() for p in params_of(opt)]
+    with pytest.raises(RuntimeError, match="size"), opt.ema_weights():
+        params_of(opt)[0].data = torch.zeros(2, device=device)
+    for p, weight in zip(params_of(opt)[1:], weights[1:], strict=True):
+        assert torch.equal(p, weight)
+    params_of(opt)[0].data = weights[0].clone()
+    train(opt)  # nothing is shown any more
 
 
 def test_what_is_written_within_is_lost(device: torch.device) -> None:
