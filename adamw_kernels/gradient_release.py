@@ -38,9 +38,12 @@ def release_gradients(
     Returns:
         A handle: `remove()` undoes it, and so does leaving it as a context manager.
 
+    Not to be seen from here, and so not refused: clipping by others, which finds no gradients any more, and a loss
+    scaler that is not passed.
+
     Raises:
-        ValueError, RuntimeError: a combination that cannot work, with the reason; a parameter without `requires_grad`
-            is left alone. Nothing is changed then.
+        ValueError, RuntimeError, TypeError: a combination that cannot work, with the reason; a parameter without
+            `requires_grad` is left alone. Nothing is changed then.
     """
     return GradientRelease(model, opt, accumulation_steps, grad_scaler)
 
@@ -50,6 +53,10 @@ class GradientRelease:
 
     def __init__(self, model: torch.nn.Module, opt: FusedAdamW, accumulation_steps: int, grad_scaler: Any) -> None:
         """Check, then register one hook a parameter."""
+        if not hasattr(opt, "_internals"):
+            raise TypeError(
+                f"release_gradients: opt is a {type(opt).__name__}; expected a FusedAdamW. Unwrap it: `opt.optimizer`."
+            )
         _check_combination(opt, accumulation_steps, grad_scaler)
         _check_model(model)
         held = _find_places(opt.param_groups)
@@ -71,6 +78,7 @@ class GradientRelease:
             p.register_post_accumulate_grad_hook(self._step)  # type: ignore[no-untyped-call]
             for p in members
         ]
+        self._handles.append(model.register_forward_pre_hook(_refuse_data_parallel))
         opt._internals.release = self
 
     def remove(self) -> None:
@@ -208,6 +216,16 @@ def _check_combination(opt: FusedAdamW, accumulation_steps: int, grad_scaler: An
         raise ValueError(
             "release_gradients: skip_nonfinite and max_skip_norm decide over a step when all gradients are there, and "
             "by then parameters have been stepped; expected neither"
+        )
+
+
+def _refuse_data_parallel(module: torch.nn.Module, arguments: Any) -> None:
+    """A forward hook: `module` may have been wrapped by somebody who is not to be seen from it."""
+    if getattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None:
+        raise RuntimeError(
+            "the gradients of this module are released, and it runs within DistributedDataParallel, which reduces them "
+            "over processes after they have arrived: the replicas would drift apart. Use FSDP2 (fully_shard), or "
+            "remove() the release."
         )
 
 

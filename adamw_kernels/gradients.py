@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 
 from adamw_kernels import backends
 from adamw_kernels.control import NormDomain, StepControl, shard_groups
@@ -117,6 +118,7 @@ _meters: dict[tuple[Any, ...], _Meter] = {}
 atexit.register(_meters.clear)
 
 
+@_disable_dynamo  # addresses mean nothing to torch.compile
 @torch.no_grad()
 def grad_norm(
     parameters: Parameters,
@@ -185,6 +187,7 @@ def grad_norm(
     return norm
 
 
+@_disable_dynamo
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: Parameters,

@@ -19,11 +19,21 @@ from adamw_kernels.control import StepControl, Verdict
 from adamw_kernels.formats import EMA_FORMATS
 from adamw_kernels.functional import is_capturing
 from adamw_kernels.hyperparameters import check_hyperparameters
-from adamw_kernels.stepper import FURTHER_OPTIONS, Options, Stepper, group_hyperparameters
+from adamw_kernels.stepper import (
+    FURTHER_OPTIONS,
+    Options,
+    Stepper,
+    check_ema_format,
+    group_hyperparameters,
+    param_name,
+)
 
 if TYPE_CHECKING:
     from adamw_kernels.gradient_release import GradientRelease
     from adamw_kernels.launch_table import LaunchPlan
+
+WHOLE_OPTIONS = frozenset({"backend", "clip_per_group", "max_skip_norm", "process_group", "seed", "skip_nonfinite"})
+"""Options that a group cannot have."""
 
 ParamsT: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 
@@ -33,6 +43,10 @@ class _Shielded:
 
     def __init__(self, value: Any) -> None:
         self.value = value
+
+
+class NotMeasuredError(AttributeError, RuntimeError):
+    """A gradient norm was asked for that no option makes the optimizer compute; `hasattr` says False."""
 
 
 class _Internals:
@@ -201,6 +215,7 @@ class FusedAdamW(Optimizer):
 
         Raises:
             ValueError, RuntimeError: as the constructor; the optimizer is then unchanged.
+            TypeError: an average in bfloat16 beside a parameter that it would be too coarse for.
         """
         if "decoupled" in param_group:
             param_group["decoupled_weight_decay"] = param_group.pop("decoupled")
@@ -212,7 +227,18 @@ class FusedAdamW(Optimizer):
             named = param_group.get(key, FURTHER_OPTIONS[key])
             if named != FURTHER_OPTIONS[key] and options.get("ema_decay") is None:
                 raise ValueError(f"{where}: {key}={named!r}, and the group has no ema_decay; expected one")
+        for key in sorted(WHOLE_OPTIONS & param_group.keys()):
+            raise ValueError(
+                f"{where}: {key}={param_group[key]!r} in a group; it is an option of the whole optimizer, expected in "
+                "FusedAdamW(...)"
+            )
         super().add_param_group(param_group)
+        try:
+            for index, p in enumerate(param_group["params"]):
+                check_ema_format(param_name(param_group, len(self.param_groups) - 1, index), p, param_group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
 
     # --- the step -------------------------------------------------------------------------------------------------
 
@@ -316,49 +342,58 @@ class FusedAdamW(Optimizer):
 
     # --- what the last step found -----------------------------------------------------------------------------------
 
-    def _last_verdict(self, what: str) -> Verdict:
+    def _last_verdict(self, what: str) -> Verdict | None:
+        """That of the last step, or None before the first."""
         if not self._measures():
-            raise RuntimeError(
+            raise NotMeasuredError(
                 f"{what}: nothing asks for a gradient norm; construct with max_grad_norm=, skip_nonfinite=True or "
                 "max_skip_norm= (max_grad_norm=float('inf') measures and never clips)"
             )
         control = self._internals.control
         if control is None or not control.measures or not control.verdicts:
-            raise RuntimeError(f"{what}: no step has been taken since it was asked for")
+            return None
         return control.verdicts[0]
 
     @property
     def grad_norm(self) -> torch.Tensor:
         """2-norm of the unscaled gradients of the last step, before clipping: a float32 scalar on the device.
 
-        A new tensor on each read, which waits for nothing; only looking at its value does.
+        A new tensor on each read, which waits for nothing; only looking at its value does. NaN before the first step,
+        and as it was after a step that `GradScaler` left out on the host, of which the optimizer does not know.
 
         Raises:
-            RuntimeError: nothing asks for a norm, or no step has been taken.
+            NotMeasuredError: nothing asks for a norm.
         """
-        return self._last_verdict("grad_norm").norm()
+        verdict = self._last_verdict("grad_norm")
+        return torch.full((), math.nan, device=self._first_device()) if verdict is None else verdict.norm()
 
     @property
     def group_grad_norms(self) -> torch.Tensor:
         """The same for each group, with `clip_per_group`: a float32 vector on the device.
 
         Raises:
-            RuntimeError: there is one norm only, or as for `grad_norm`.
+            NotMeasuredError: there is one norm only, or none.
         """
         if not self._internals.options.clip_per_group:
-            raise RuntimeError("group_grad_norms: there is one norm, grad_norm; construct with clip_per_group=True")
-        return self._last_verdict("group_grad_norms").norms()
+            raise NotMeasuredError("group_grad_norms: there is one norm, grad_norm; construct with clip_per_group=True")
+        verdict = self._last_verdict("group_grad_norms")
+        if verdict is None:
+            return torch.full((len(self.param_groups),), math.nan, device=self._first_device())
+        return verdict.norms()
 
     @property
     def last_step_skipped(self) -> torch.Tensor:
-        """Whether the last step changed nothing, by the loss scaler's flag or a guard: a bool scalar on the device."""
+        """Whether the last step changed nothing, by the loss scaler's flag or a guard: a bool scalar on the device.
+
+        Without `fused=True` a GradScaler does not call `step` at all when it skips, and nothing is known here.
+        """
         if self._internals.control is None or not self._internals.control.verdicts:
             return torch.zeros((), dtype=torch.bool, device=self._first_device())
         return self._internals.control.verdicts[0].skip()
 
     @property
     def skipped_steps(self) -> torch.Tensor:
-        """How many steps did so since this optimizer was made: an int64 scalar on the device."""
+        """How many steps did so since this optimizer was made: an int64 scalar on the device; not saved."""
         if self._internals.control is None or not self._internals.control.verdicts:
             return torch.zeros((), dtype=torch.int64, device=self._first_device())
         return self._internals.control.verdicts[0].skipped_steps()
@@ -377,14 +412,14 @@ class FusedAdamW(Optimizer):
         written to parameters within is lost. A parameter that has not been stepped is its own average.
 
         Raises:
-            RuntimeError: no parameter has an average; or this one is entered already. `step` and `load_state_dict`
+            RuntimeError: no group has an `ema_decay`; or this one is entered already. `step` and `load_state_dict`
                 within raise too.
         """
         self._refuse_while_averages_are_shown("ema_weights()")
         groups = [group for group in self.param_groups if group.get("ema_decay") is not None]
+        if not groups:
+            raise RuntimeError("ema_weights(): no group has an ema_decay; construct with ema_decay=")
         params = [p for group in groups for p in group["params"] if "param_ema" in self.state.get(p, {})]
-        if not params:
-            raise RuntimeError("ema_weights(): no parameter has an average; construct with ema_decay= and take a step")
         weights = [p.detach().clone() for p in params]
         self._internals.shows_averages = True
         try:
@@ -498,6 +533,11 @@ def _check_options(options: dict[str, Any], where: str) -> None:
     ema_format = options.get("ema_format", EMA_FORMATS[0])
     if ema_format not in EMA_FORMATS:
         raise ValueError(f"{where}: ema_format is {ema_format!r}; expected one of {', '.join(EMA_FORMATS)}")
+    if options.get("cautious_weight_decay") and not options["decoupled_weight_decay"]:
+        raise ValueError(
+            f"{where}: cautious_weight_decay=True with decoupled=False: there is no decay of the weight to be cautious "
+            "about; expected one or the other"
+        )
     if options["fused"] is False:
         raise RuntimeError(f"{where}: fused=False: FusedAdamW has no other implementation. Use torch.optim.AdamW.")
     if options["fused"] and options["foreach"]:

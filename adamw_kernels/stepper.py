@@ -344,7 +344,7 @@ class Stepper:
                 local = local_param(name, p)
                 check_grad(name, local, _local_grad(p))
                 _check_adoptable(name, p, local, self.state.get(p, {}))
-                _check_ema_format(name, p, self.groups[group])
+                check_ema_format(name, p, self.groups[group])
 
         specs: list[TensorSpec] = []
         grads: list[torch.Tensor] = []
@@ -580,7 +580,7 @@ def _check_adoptable(name: str, p: torch.Tensor, local: torch.Tensor, state: dic
             )
 
 
-def _check_ema_format(name: str, p: torch.Tensor, group: dict[str, Any]) -> None:
+def check_ema_format(name: str, p: torch.Tensor, group: dict[str, Any]) -> None:
     """Refuse an unknown format, and an average that would be far coarser than its parameter.
 
     Raises:

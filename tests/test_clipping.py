@@ -311,7 +311,7 @@ def test_reported_norm_is_a_tensor_of_its_own(path: Path) -> None:
 
 
 def test_reading_a_norm_that_nobody_measures(device: torch.device) -> None:
-    """Without an option that needs a norm, before the first step and on a fresh copy there is none: errors say why."""
+    """Without an option that needs a norm an error says why; before the first step and on a fresh copy it is NaN."""
     plain = FusedAdamW(make_params(device))
     Gradients().give(params_of(plain))
     plain.step()
@@ -319,12 +319,12 @@ def test_reading_a_norm_that_nobody_measures(device: torch.device) -> None:
         plain.grad_norm  # noqa: B018  # reading it is the test
     with pytest.raises(RuntimeError, match="clip_per_group=True"):
         plain.group_grad_norms  # noqa: B018
+    assert not hasattr(plain, "grad_norm") and not hasattr(plain, "group_grad_norms")
     for option in (dict(max_grad_norm=1.0), dict(skip_nonfinite=True), dict(max_skip_norm=1e9)):
         asked = FusedAdamW(make_params(device), **option)
         Gradients().give(params_of(asked))
         for _ in range(2):
-            with pytest.raises(RuntimeError, match="no step has been taken"):
-                asked.grad_norm  # noqa: B018
+            assert asked.grad_norm.isnan() and asked.grad_norm.device == params_of(asked)[0].device
             asked.step()
             assert asked.grad_norm > 0
             asked = copy.deepcopy(asked)
@@ -603,6 +603,7 @@ BAD_GROUP_OPTIONS: list[tuple[dict[str, Any], str]] = [
     (dict(ema_decay=0.9, ema_format="float8"), "ema_format is 'float8'; expected one of float32, bfloat16"),
     (dict(ema_warmup=True), r"ema_warmup=True, and (no group has an|the group has no) ema_decay; expected one"),
     (dict(ema_format="bfloat16"), r"ema_format='bfloat16', and (no group has an|the group has no) ema_decay"),
+    (dict(decoupled=False, cautious_weight_decay=True), "cautious_weight_decay=True with decoupled=False"),
 ]
 BAD_OPTIONS = [
     *BAD_GROUP_OPTIONS,
@@ -642,6 +643,31 @@ def test_bad_option_in_an_added_group(base: dict[str, Any], options: dict[str, A
     fused.step()
     twin.step()
     assert_unchanged(snapshot(twin), snapshot(fused))
+
+
+@pytest.mark.parametrize("option", ["skip_nonfinite", "max_skip_norm", "clip_per_group", "seed", "process_group"])
+def test_option_of_the_whole_optimizer_in_a_group(option: str) -> None:
+    """A guard that a group asks for would not guard: it is refused, when constructed and when added."""
+    first, second = make_params(torch.device("cpu"), shapes=((3,), (4,)))
+    with pytest.raises(ValueError, match=rf"param_groups\[0\]: {option}=True in a group; .* option of the whole"):
+        FusedAdamW([{"params": [first], option: True}])
+    fused = FusedAdamW([first])
+    with pytest.raises(ValueError, match=rf"param_groups\[1\]: {option}=True in a group"):
+        fused.add_param_group({"params": [second], option: True})
+    assert len(fused.param_groups) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_average_too_coarse_for_its_parameter(dtype: torch.dtype) -> None:
+    """ema_format="bfloat16" beside float64 or complex parameters is refused when the group is made."""
+    p = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+    options = dict(ema_decay=0.9, ema_format="bfloat16")
+    with pytest.raises(TypeError, match=r"param_groups\[0\]\['params'\]\[0\] has dtype .*bfloat16"):
+        FusedAdamW([p], **options)
+    fused = FusedAdamW([torch.nn.Parameter(torch.ones(3))])
+    with pytest.raises(TypeError, match=r"param_groups\[1\]\['params'\]\[0\] has dtype .*bfloat16"):
+        fused.add_param_group({"params": [p], **options})
+    assert len(fused.param_groups) == 1
 
 
 @pytest.fixture(params=["from-the-start", "switched-on"])

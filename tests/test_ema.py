@@ -211,7 +211,7 @@ def test_average_switched_on_and_off(path: Path) -> None:
     opt.param_groups[0]["ema_decay"] = None
     train(opt, 2, seed=4)
     average.check(opt, "switched off")
-    with pytest.raises(RuntimeError, match="no parameter has an average"):
+    with pytest.raises(RuntimeError, match="no group has an ema_decay"):
         enter_again(opt)  # what no longer follows its weight is not shown
 
 
@@ -459,12 +459,15 @@ def test_what_would_mix_weights_and_averages_raises(
 
 
 def test_nothing_to_show_is_an_error(device: torch.device) -> None:
-    """Without `ema_decay`, and before the first step, `ema_weights` says what is missing."""
+    """Without `ema_decay` `ema_weights` says what is missing; before the first step a weight is its own average."""
     params = make_params(device)
-    for options in ({}, {"ema_decay": 0.9}):
-        opt = FusedAdamW(params, **options)
-        with pytest.raises(RuntimeError, match="no parameter has an average; construct with ema_decay="):
-            enter_again(opt)
+    with pytest.raises(RuntimeError, match="no group has an ema_decay; construct with ema_decay="):
+        enter_again(FusedAdamW(params))
+    opt = FusedAdamW(params, ema_decay=0.9)
+    before = snapshot(opt)
+    with opt.ema_weights():
+        assert_unchanged(before, snapshot(opt))
+    assert_unchanged(before, snapshot(opt))
 
 
 def test_parameters_without_an_average_are_left_alone(device: torch.device) -> None:

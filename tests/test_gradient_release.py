@@ -581,6 +581,13 @@ def test_what_cannot_work_is_refused_when_set_up(device: torch.device, case: str
     assert opt._internals.release is release
 
 
+def test_another_optimizer_is_refused(device: torch.device) -> None:
+    """A wrapper, or torch's own, is told apart by its type."""
+    model = Network(device)
+    with pytest.raises(TypeError, match=r"opt is a AdamW; expected a FusedAdamW"):
+        release_gradients(model, torch.optim.AdamW(model.parameters()))
+
+
 def test_a_disabled_scaler_is_fine(twins: Twins) -> None:
     """As in loops that have one for float16 alone: its `step` and `update` do nothing of their own."""
     model, opt, other, ordinary = twins
@@ -734,6 +741,18 @@ except ValueError as error:
     assert "DistributedDataParallel" in str(error), error
 else:
     raise AssertionError("DistributedDataParallel reduces gradients after the hooks")
+for wrapped_first in (True, False):  # the module inside, which says nothing of its wrapper
+    inner = copy.deepcopy(original)
+    wrapper = torch.nn.parallel.DistributedDataParallel(inner) if wrapped_first else None
+    with release_gradients(inner, FusedAdamW(inner.parameters())):
+        wrapper = wrapper or torch.nn.parallel.DistributedDataParallel(inner)
+        try:
+            wrapper(torch.ones(2, 4))
+        except RuntimeError as error:
+            assert "DistributedDataParallel" in str(error), error
+        else:
+            raise AssertionError("the replicas would drift apart")
+    wrapper(torch.ones(2, 4)).float().square().mean().backward()
 dist.destroy_process_group()
 print("agreed")
 """
