@@ -43,6 +43,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.i
 NATIVE = pytest.mark.parametrize("path", [path for path in PATHS if path.backend == "cpu"], ids=str, indirect=True)
 
 CAUTIOUS = [dict(cautious=True), dict(cautious_weight_decay=True), dict(cautious=True, cautious_weight_decay=True)]
+# Without decay of the weight there is none to be cautious about, and the optimizer refuses both together.
+CAUTIOUS_FLAGS = [
+    {**flags, **cautious}
+    for flags, cautious in itertools.product(FLAGS, CAUTIOUS)
+    if flags["decoupled"] or "cautious_weight_decay" not in cautious
+]
 
 # bfloat16 averages are refused beside float64 parameters.
 NARROW_PAIRS = [(param, grad) for param, grad in DTYPE_PAIRS if param != "float64"]
@@ -701,10 +707,10 @@ def test_cautious_variants(path: Path, special: bool) -> None:
     """Both masks, alone and together, with every flag and pair of dtypes, on ordinary and on special values."""
     rng = np.random.default_rng(133)
     groups = []
-    for i, (flags, cautious) in enumerate(itertools.product(FLAGS, CAUTIOUS)):
+    for i, flags in enumerate(CAUTIOUS_FLAGS):
         pairs = DTYPE_PAIRS[i % 3 :: 3]
         cases = [make_case(rng, (300,), *pair, path.device, special=special) for pair in pairs]
-        groups.append(Group(cases, HYPER, {**flags, **cautious}))
+        groups.append(Group(cases, HYPER, flags))
     training = Training(groups)
     training.step()
     training.check("one step")
@@ -810,7 +816,7 @@ def drawn_groups(draw: st.DrawFn) -> dict[str, Any]:
     return dict(
         cases=draw(st.lists(case, min_size=1, max_size=3)),
         ema_format=ema_format,
-        flags={**draw(st.sampled_from(FLAGS)), **draw(st.sampled_from([{}, *CAUTIOUS]))},
+        flags=draw(st.sampled_from([*FLAGS, *CAUTIOUS_FLAGS])),
         options=options,
         hyper=dict(
             lr=draw(st.floats(0, 10)),
