@@ -1,8 +1,7 @@
 """The Triton kernels and their launchers; nothing else.
 
 The update rule is the twin of `csrc/rule.h`: the same IEEE-754 operations in the same order. Every kernel is compiled
-with `enable_fp_fusion=False`; division and root are the round-to-nearest ones; 16-bit values are rounded in integer
-arithmetic, because the interpreter's own cast to bfloat16 truncates.
+with `enable_fp_fusion=False`; division and root are the round-to-nearest ones.
 
 Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization (2019), Algorithm 2.
 """
@@ -19,66 +18,13 @@ from adamw_kernels import control, hyperparameters
 from adamw_kernels import launch_table as layout
 from adamw_kernels.formats import compute_dtype
 from adamw_kernels.launch_table import LaunchTable
-
-# --- element math: storage ------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _to_bfloat16(x):
-    """float32 -> bfloat16 to nearest even; NaN stays NaN."""
-    u = x.to(tl.uint32, bitcast=True)
-    rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16
-    quiet = (u >> 16) | 0x40
-    is_nan = (u & 0x7FFFFFFF) > 0x7F800000
-    return tl.where(is_nan, quiet, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-
-
-@triton.jit
-def _to_bfloat16_stochastic(x, word):
-    """float32 -> bfloat16, up with the probability of the distance; NaN stays NaN. Uses the low 16 bits of `word`."""
-    u = x.to(tl.uint32, bitcast=True)
-    rounded = (u + (word & 0xFFFF)) >> 16
-    quiet = (u >> 16) | 0x40
-    is_nan = (u & 0x7FFFFFFF) > 0x7F800000
-    return tl.where(is_nan, quiet, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-
-
-@triton.jit
-def _mix(z):
-    """splitmix64's finalizer."""
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    return z ^ (z >> 31)
-
-
-@triton.jit
-def _random_word(key, element):
-    """The random bits of elements (int64 indices) in a step with this uint64 key; see csrc/philox.h."""
-    c0 = (element & 0xFFFFFFFF).to(tl.uint32)
-    c1 = (element >> 32).to(tl.uint32) ^ (key >> 32).to(tl.uint32)
-    k = (key & 0xFFFFFFFF).to(tl.uint32)
-    for _round in tl.static_range(7):
-        product = c0.to(tl.uint64) * 0xD256D193
-        c0 = (product >> 32).to(tl.uint32) ^ k ^ c1
-        c1 = (product & 0xFFFFFFFF).to(tl.uint32)
-        k = (k.to(tl.uint64) + 0x9E3779B9 & 0xFFFFFFFF).to(tl.uint32)
-    return c0
-
-
-@triton.jit
-def _from_storage(x, COMPUTE: tl.constexpr):
-    if x.dtype == tl.bfloat16:  # by hand: the interpreter's own cast is wrong for subnormals
-        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return x.to(COMPUTE)
-
-
-@triton.jit
-def _to_storage(x, STORAGE: tl.constexpr):
-    if STORAGE == tl.bfloat16:
-        return _to_bfloat16(x)
-    else:
-        return x.to(STORAGE)  # float16's own cast is to nearest even everywhere; the others are exact
-
+from adamw_kernels.triton_formats import (
+    from_storage,
+    mix,
+    random_word,
+    to_bfloat16_stochastic,
+    to_storage,
+)
 
 # --- element math: the rule -----------------------------------------------------------------------------------------
 
@@ -210,7 +156,7 @@ def prepare_kernel(rows, grads, hypers, coefficients, decision, num_tensors, BLO
     warmup = (one + taken64) / (one * 10.0 + taken64)
     ema_decay = tl.where(((flags & 0x20000) != 0) & ((ema_decay < warmup) == 0), warmup, ema_decay)
     ema = tl.where((flags & 128) != 0, one - ema_decay, zero)
-    key = _mix(stream + t.to(tl.uint64) * 0x9E3779B97F4A7C15)
+    key = mix(stream + t.to(tl.uint64) * 0x9E3779B97F4A7C15)
 
     is_double = (flags & 8) != 0
     _store_coefficient(coefficients, tensor, 0, w1, active, is_double)
@@ -248,10 +194,10 @@ def _average_block_in_bfloat16(ema, past, offsets, mask, current, weight_of_new,
     ema = ema.to(tl.pointer_type(tl.bfloat16))
     if mask is None:
         ema = tl.multiple_of(ema, 8)  # four elements, as of the other operands: see update_kernel
-    average = _from_storage(tl.load(ema + offsets, mask=mask), tl.float32)
+    average = from_storage(tl.load(ema + offsets, mask=mask), tl.float32)
     average = _moving_average(average, current, weight_of_new)
-    word = _random_word(key, offsets.to(tl.int64) - past)
-    tl.store(ema + offsets, _to_bfloat16_stochastic(average, word), mask=mask)
+    word = random_word(key, offsets.to(tl.int64) - past)
+    tl.store(ema + offsets, to_bfloat16_stochastic(average, word), mask=mask)
 
 
 @triton.jit
@@ -260,8 +206,8 @@ def _update_block(
 ):
     """Load, update, store one block. `c`: the tensor's coefficients. `mask` is None where the block is full."""
     w1, w2, step_size, inv_sqrt_bc2, decay, eps, scale, l2, weight_of_new = c
-    weight = _from_storage(tl.load(p + offsets, mask=mask), COMPUTE)
-    grad = _from_storage(tl.load(g + offsets, mask=mask), COMPUTE)
+    weight = from_storage(tl.load(p + offsets, mask=mask), COMPUTE)
+    grad = from_storage(tl.load(g + offsets, mask=mask), COMPUTE)
     first = tl.load(m + offsets, mask=mask)
     second = tl.load(v + offsets, mask=mask)
     grad, first, second = _moments(weight, grad, first, second, w1, w2, scale, l2, (flags & 4) != 0)
@@ -274,10 +220,10 @@ def _update_block(
         bound = tl.where((second > maximum) | (second != second), second, maximum)
         tl.store(v_max + offsets, bound, mask=mask)
     weight = _weight(weight, grad, first, bound, step_size, inv_sqrt_bc2, decay, eps, flags)
-    stored = _to_storage(weight, PARAM)
+    stored = to_storage(weight, PARAM)
     tl.store(p + offsets, stored, mask=mask)
     if (flags & 128) != 0:
-        current = _from_storage(stored, COMPUTE)
+        current = from_storage(stored, COMPUTE)
         if COMPUTE == tl.float64:  # beside which no average is bfloat16
             _average_block(ema, offsets, mask, current, weight_of_new, COMPUTE)
         elif (flags & 0x10000) != 0:
@@ -406,15 +352,15 @@ def _add_squares(lanes, address, count, GRAD: tl.constexpr, LANES: tl.constexpr)
     if (address & 15) == 0:
         for start in range(0, full, LANES):
             start = tl.multiple_of(start, 16)
-            value = _from_storage(tl.load(tl.multiple_of(x, 16) + start + tl.arange(0, LANES)), tl.float64)
+            value = from_storage(tl.load(tl.multiple_of(x, 16) + start + tl.arange(0, LANES)), tl.float64)
             lanes = lanes + value * value
     else:
         for start in range(0, full, LANES):
-            value = _from_storage(tl.load(x + start + tl.arange(0, LANES)), tl.float64)
+            value = from_storage(tl.load(x + start + tl.arange(0, LANES)), tl.float64)
             lanes = lanes + value * value
     if full < count:
         offsets = full + tl.arange(0, LANES)
-        value = _from_storage(tl.load(x + offsets, mask=offsets < count, other=0.0), tl.float64)
+        value = from_storage(tl.load(x + offsets, mask=offsets < count, other=0.0), tl.float64)
         lanes = lanes + value * value
     return lanes
 
