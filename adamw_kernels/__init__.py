@@ -7,13 +7,14 @@ from adamw_kernels.backends import native_module as _native_module
 from adamw_kernels.functional import fused_adamw_
 from adamw_kernels.gradient_release import release_gradients
 from adamw_kernels.gradients import clip_grad_norm_, grad_norm
-from adamw_kernels.optimizer import FusedAdamW
+from adamw_kernels.optimizer import FusedAdamW, NotMeasuredError
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailableError",
     "FusedAdamW",
+    "NotMeasuredError",
     "__version__",
     "clip_grad_norm_",
     "describe",

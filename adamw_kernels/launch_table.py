@@ -426,7 +426,7 @@ class LaunchPlan:
         """Group by device, order by dtype combination, build the tables. Nothing is launched.
 
         Args:
-            specs: checked tensors; their order is free and does not change any bit of the result.
+            specs: checked tensors. Their order is that in which a gradient norm is summed; no other bit depends on it.
             num_hypers: number of hyperparameter rows that `specs` refer to.
             choose: the backend for a device; raises where there is none.
             chunk_size: elements a chunk, instead of the backend's own choice.

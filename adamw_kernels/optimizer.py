@@ -125,6 +125,7 @@ class FusedAdamW(Optimizer):
 
     Raises:
         ValueError: a hyperparameter out of range, options that contradict each other, an unknown backend.
+        TypeError: not a process group; an average in bfloat16 beside a parameter that it would be too coarse for.
         RuntimeError: an option that cannot be met.
     """
 

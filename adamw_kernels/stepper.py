@@ -333,9 +333,8 @@ class Stepper:
         """
         places = [(group, index) for group, g in enumerate(self.lists) for index in range(len(g["params"]))]
         candidates: dict[int, tuple[str, int, torch.Tensor, int]] = {}
-        for position, (group, index) in enumerate(
-            places, self.place[2]
-        ):  # a parameter listed twice in its group (torch warns of it) has one row
+        # A parameter listed twice in its group (torch warns of it) has one row.
+        for position, (group, index) in enumerate(places, self.place[2]):
             p = self.lists[group]["params"][index]
             if p.grad is not None or (keep_idle and self.state.get(p)):
                 candidates.setdefault(id(p), (self._name(group, index), group, p, position))

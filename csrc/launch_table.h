@@ -124,7 +124,7 @@ struct LaunchTable {
   int64_t num_chunks;
   int64_t chunk_size;   // elements
   int64_t decision;     // Decision
-  int64_t signals;      // Signals, or 0: nothing is decided, the decision stays as it is
+  int64_t signals;      // Signals; read where the stages are more than kUpdate
   int64_t norm_chunks;  // int64_t[num_norm_chunks], in the order of the parameters
   int64_t num_norm_chunks;
   int64_t partials;  // double[num_norm_chunks]: sums of squares
