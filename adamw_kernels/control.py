@@ -173,16 +173,6 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
     target.copy_(source, non_blocking=target.device.type != "cpu")
 
 
-def shard_groups(tensor: torch.Tensor, process_group: Any) -> tuple[Any, ...]:
-    """The process groups over which a tensor's sum of squares must be reduced, one after another."""
-    placements = getattr(tensor, "placements", None)
-    if placements is None:
-        return () if process_group is None else (process_group,)
-    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
-    # Not is_shard(): the strided shards of tensor parallelism under FSDP2 say no to it.
-    return tuple(mesh.get_group(i) for i, placement in enumerate(placements) if not placement.is_replicate())
-
-
 def add_up(totals: Sequence[torch.Tensor], domains: Sequence[NormDomain]) -> None:
     """Add the devices' totals up in their order, and over the processes; every device gets the sums.
 

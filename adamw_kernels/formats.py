@@ -41,6 +41,38 @@ def moment_like(param: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
 
+PARAM_FORMATS = ("native", "stochastic", "split24", "split32")
+"""How a 16-bit weight remembers what its dtype cannot hold, in the order of `ParamFormat` in csrc/launch_table.h."""
+
+MOMENT_FORMATS = ("float32", "bfloat16", "8bit")
+"""How the moments are stored, in the order of `MomentFormat` in csrc/launch_table.h."""
+
+GROUP = 16
+"""Neighbours, in memory order, that share a word of 8-bit moments."""
+
+FIRST_SCALE = 2.0**24
+"""By which the second moment of 8-bit moments is multiplied in storage before the first step."""
+
+MIN_8BIT_NUMEL = 4096
+"""Smaller parameters keep float32 moments under "8bit": biases and norms, which are many, sensitive and no share of
+the memory; their own launch costs less than packing groups that are mostly ends."""
+
+
+def param_format(param_dtype: torch.dtype, request: str) -> str:
+    """The format that a weight of this dtype gets for a request of PARAM_FORMATS or "auto".
+
+    float32 and wider hold everything themselves, whatever was asked for.
+    """
+    if param_dtype not in (torch.bfloat16, torch.float16):
+        return "native"
+    return "split32" if request == "auto" else request
+
+
+def remainder_dtype(format_of_param: str) -> torch.dtype | None:
+    """Dtype of the state `param_remainder`; None where there is none."""
+    return {"split24": torch.int8, "split32": torch.int16}.get(format_of_param)
+
+
 EMA_FORMATS = ("float32", "bfloat16")
 """How an average of the weights is kept: exactly as the moments are, or in bfloat16, rounded stochastically."""
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from adamw_kernels import backends
-from adamw_kernels.control import NormDomain, StepControl, shard_groups
-from adamw_kernels.formats import DTYPE_CODES, compute_dtype, grad_dtypes
+from adamw_kernels.control import NormDomain, StepControl
+from adamw_kernels.formats import DTYPE_CODES, GROUP, compute_dtype, grad_dtypes
 from adamw_kernels.hyperparameters import Hyperparameters, check_hyperparameters
 from adamw_kernels.launch_table import LaunchPlan, TensorSpec
+from adamw_kernels.sharding import shard_groups
 from adamw_kernels.tensor_watch import EMPTY_GRADIENT, same_layout
 
 # --- what a tensor may be -------------------------------------------------------------------------------------------
@@ -148,8 +149,17 @@ def check_grad(name: str, param: torch.Tensor, grad: torch.Tensor) -> None:
         _check_memory(f"the gradient of {name}", grad)
 
 
-def check_state(name: str, key: str, param: torch.Tensor, value: torch.Tensor) -> None:
+def check_state(
+    name: str, key: str, param: torch.Tensor, value: torch.Tensor, dtype: torch.dtype | None = None
+) -> None:
     """Refuse a (local, real) state tensor that the kernels cannot use as it is.
+
+    Args:
+        name: of the parameter.
+        key: of the state tensor.
+        param: local, real.
+        value: likewise.
+        dtype: that it must have; by default the compute dtype, float32 for the step.
 
     Raises:
         TypeError: its dtype. ValueError: its shape, device or layout.
@@ -163,13 +173,17 @@ def check_state(name: str, key: str, param: torch.Tensor, value: torch.Tensor) -
         raise TypeError(
             f"{key} of {name} has layout {value.layout}; expected a strided tensor. Make it dense with `.to_dense()`."
         )
-    expected = torch.float32 if key == "step" else compute_dtype(param.dtype)
-    if value.dtype != expected and not (key == "param_ema" and value.dtype == torch.bfloat16):
+    expected = dtype or (torch.float32 if key == "step" else compute_dtype(param.dtype))
+    if value.dtype != expected:
         raise TypeError(f"{key} of {name} has dtype {value.dtype}; expected {expected}. Cast it.")
     _check_alignment(f"{key} of {name}", value)
-    if key == "step":
-        if value.numel() != 1:
-            raise ValueError(f"step of {name} has shape {tuple(value.shape)}; expected one element.")
+    counts = {"step": 1, "exp_avg_sq_scale": 1, "moment_groups": -(-param.numel() // GROUP)}
+    if key in counts:
+        if value.numel() != counts[key]:
+            many = "one element" if counts[key] == 1 else f"{counts[key]} elements"
+            raise ValueError(f"{key} of {name} has shape {tuple(value.shape)}; expected {many}.")
+        if not value.is_contiguous():
+            raise ValueError(f"{key} of {name} has strides {value.stride()}; expected contiguous memory.")
         return
     if value.shape != param.shape:
         raise ValueError(
@@ -202,10 +216,14 @@ def check_overlap(specs: Sequence[TensorSpec], grads: Sequence[torch.Tensor]) ->
             (spec.exp_avg_sq, f"exp_avg_sq of {spec.name}"),
             (spec.step, f"step of {spec.name}"),
         ]
-        if spec.max_exp_avg_sq is not None:
-            written.append((spec.max_exp_avg_sq, f"max_exp_avg_sq of {spec.name}"))
-        if spec.ema is not None:
-            written.append((spec.ema, f"param_ema of {spec.name}"))
+        further = {
+            "max_exp_avg_sq": spec.max_exp_avg_sq,
+            "param_ema": spec.ema,
+            "param_remainder": spec.remainder,
+            "moment_groups": spec.groups,
+            "exp_avg_sq_scale": spec.scale,
+        }
+        written += [(tensor, f"{key} of {spec.name}") for key, tensor in further.items() if tensor is not None]
         for tensor, what in written:
             start = tensor.data_ptr()
             if tensor.numel():

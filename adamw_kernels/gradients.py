@@ -10,10 +10,11 @@ import torch
 from torch._compile import _disable_dynamo
 
 from adamw_kernels import backends
-from adamw_kernels.control import NormDomain, StepControl, shard_groups
+from adamw_kernels.control import NormDomain, StepControl
 from adamw_kernels.formats import DLPACK_DTYPES, DTYPE_CODES
 from adamw_kernels.functional import chooser, grad_address, is_capturing, is_dense, local_grad
 from adamw_kernels.launch_table import DECIDE, MEASURE, LaunchPlan, TensorSpec
+from adamw_kernels.sharding import shard_groups
 from adamw_kernels.tensor_watch import ALWAYS_ODD, NO_ROW, watch_tensors
 
 Parameters = torch.Tensor | Iterable[torch.Tensor]

@@ -6,6 +6,7 @@ changed, the groups' hyperparameters; nothing else is sent again. The structs ar
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adamw_kernels.control import DECISION_NORMS, SIGNALS, NormDomain, StepControl, Verdict, add_up
-from adamw_kernels.formats import DTYPE_CODES
+from adamw_kernels.formats import DTYPE_CODES, GROUP, MOMENT_FORMATS, PARAM_FORMATS
 from adamw_kernels.hyperparameters import FROM_FLOAT32, FROM_FLOAT64, WORDS_PER_HYPER_ROW, HyperparameterRows
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 WORDS_PER_ROW = 16  # int64 words of a TensorRow
 ROW_PARAM, ROW_EXP_AVG, ROW_EXP_AVG_SQ, ROW_MAX_EXP_AVG_SQ, ROW_STEP, ROW_NUMEL, ROW_HYPER, ROW_FLAGS = range(8)
-ROW_EMA, ROW_NORM, ROW_RANDOM_STREAM = range(8, 11)
+ROW_EMA, ROW_NORM, ROW_RANDOM_STREAM, ROW_REMAINDER, ROW_GROUPS, ROW_SCALE = range(8, 14)
+ROW_FIRST_ELEMENT, ROW_UPDATE_BOUND = range(14, 16)
 COEFFICIENT_ROW_BYTES = 128
 KEY_OFFSET = 120  # bytes into a coefficient row
 
@@ -40,6 +42,9 @@ PARAM_DTYPE_SHIFT = 8
 GRAD_DTYPE_SHIFT = 12
 EMA_BFLOAT16 = 1 << 16
 EMA_WARMUP = 1 << 17
+BOUND = 1 << 18
+PARAM_FORMAT_SHIFT = 20
+MOMENT_FORMAT_SHIFT = 22
 CHUNK_TENSOR_SHIFT = 32
 
 # The shape of the sum behind a gradient norm: part of the arithmetic, unlike the chunks of an update.
@@ -64,6 +69,10 @@ LAYOUT: dict[str, Any] = {
     "ema": EMA,
     "ema_bfloat16": EMA_BFLOAT16,
     "ema_warmup": EMA_WARMUP,
+    "bound": BOUND,
+    "param_format_shift": PARAM_FORMAT_SHIFT,
+    "moment_format_shift": MOMENT_FORMAT_SHIFT,
+    "group": GROUP,
     "param_dtype_shift": PARAM_DTYPE_SHIFT,
     "grad_dtype_shift": GRAD_DTYPE_SHIFT,
     "dtype_codes": tuple(DTYPE_CODES.values()),
@@ -82,7 +91,8 @@ LAYOUT: dict[str, Any] = {
 }
 """Compared with `_C.layout()` when the compiled module is loaded: a stale build is refused."""
 
-# Chunk sizes are multiples of this many elements, so that 16-byte accesses stay aligned from chunk to chunk.
+# Chunk sizes are multiples of this many elements, so that 16-byte accesses stay aligned from chunk to chunk and no
+# group of 8-bit moments is cut.
 CHUNK_MULTIPLE = 16
 
 # More chunks than this and they grow instead: 8 MiB of chunk table serve any number of elements.
@@ -114,6 +124,13 @@ class TensorSpec:
     ema_warmup: bool = False
     domain: NormDomain = NormDomain()
     random_stream: int = 0
+    param_format: str = "native"
+    moment_format: str = "float32"
+    remainder: torch.Tensor | None = None
+    groups: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    first_element: int = 0
+    update_bound: float = math.inf  # times lr; negative: what exact moments cannot exceed
 
     def flags(self) -> int:
         """The word TensorRow::flags."""
@@ -128,17 +145,26 @@ class TensorSpec:
             | (0 if self.ema is None else EMA)
             | (EMA_BFLOAT16 if self.ema is not None and self.ema.dtype == torch.bfloat16 else 0)
             | (EMA_WARMUP if self.ema_warmup else 0)
+            | (BOUND if self.update_bound != math.inf else 0)
+            | PARAM_FORMATS.index(self.param_format) << PARAM_FORMAT_SHIFT
+            | MOMENT_FORMATS.index(self.moment_format) << MOMENT_FORMAT_SHIFT
             | DTYPE_CODES[self.param.dtype] << PARAM_DTYPE_SHIFT
             | DTYPE_CODES[self.grad_dtype] << GRAD_DTYPE_SHIFT
         )
 
+    def combination(self) -> tuple[int, int, int]:
+        """Codes of what tensors must share to be updated by one launch: both dtypes and the moments' format."""
+        dtypes = DTYPE_CODES[self.param.dtype], DTYPE_CODES[self.grad_dtype]
+        return *dtypes, MOMENT_FORMATS.index(self.moment_format)
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Chunks [begin, end) of a table, whose tensors share parameter and gradient dtype: one update launch."""
+    """Chunks [begin, end) of a table, whose tensors share a `TensorSpec.combination`: one update launch."""
 
     param_dtype: torch.dtype
     grad_dtype: torch.dtype
+    moment_format: str
     begin: int
     end: int
 
@@ -281,7 +307,11 @@ class LaunchTable:
                 0 if spec.ema is None else spec.ema.data_ptr(),
                 spec.domain.norm,
                 spec.random_stream,
-                *[0] * 5,
+                0 if spec.remainder is None else spec.remainder.data_ptr(),
+                0 if spec.groups is None else spec.groups.data_ptr(),
+                0 if spec.scale is None else spec.scale.data_ptr(),
+                spec.first_element,
+                *array("q", array("d", [spec.update_bound]).tobytes()),
             )
         self._row_words = array("q", words)
 
@@ -346,8 +376,9 @@ class LaunchTable:
         )
         self._batch_words = array("q")
         for batch in self.batches:
-            codes = DTYPE_CODES[batch.param_dtype], DTYPE_CODES[batch.grad_dtype]
-            self._batch_words.extend((*codes, batch.begin, batch.end))
+            dtypes = DTYPE_CODES[batch.param_dtype], DTYPE_CODES[batch.grad_dtype]
+            moments = MOMENT_FORMATS.index(batch.moment_format)
+            self._batch_words.extend((*dtypes, moments, batch.begin, batch.end))
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self.address = self._struct.buffer_info()[0]
         self.batches_address = self._batch_words.buffer_info()[0]
@@ -357,10 +388,9 @@ class LaunchTable:
         batches: list[Batch] = []
         begin = 0
         for i, spec in enumerate(specs):
-            key = (spec.param.dtype, spec.grad_dtype)
             following = specs[i + 1] if i + 1 < len(specs) else None
-            if following is None or (following.param.dtype, following.grad_dtype) != key:
-                batches.append(Batch(*key, begin, chunk_ends[i]))
+            if following is None or following.combination() != spec.combination():
+                batches.append(Batch(spec.param.dtype, spec.grad_dtype, spec.moment_format, begin, chunk_ends[i]))
                 begin = chunk_ends[i]
         return batches
 
@@ -453,7 +483,7 @@ class LaunchPlan:
         self.tables: list[LaunchTable] = []
         for device, members in by_device.items():
             backend = choose(device)
-            members.sort(key=lambda i: (DTYPE_CODES[specs[i].param.dtype], DTYPE_CODES[specs[i].grad_dtype]))
+            members.sort(key=lambda i: specs[i].combination())
             numel = sum(specs[i].param.numel() for i in members)
             size = chunk_size or backend.chunk_size
             while numel // size > MAX_CHUNKS:

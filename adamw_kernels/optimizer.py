@@ -5,35 +5,25 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import numbers
 import operator
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, StateDict
 
-from adamw_kernels import backends
+from adamw_kernels import backends, interchange
 from adamw_kernels.control import StepControl, Verdict
-from adamw_kernels.formats import EMA_FORMATS
 from adamw_kernels.functional import is_capturing
-from adamw_kernels.hyperparameters import check_hyperparameters
-from adamw_kernels.stepper import (
-    FURTHER_OPTIONS,
-    Options,
-    Stepper,
-    check_ema_format,
-    group_hyperparameters,
-    param_name,
-)
+from adamw_kernels.options import FURTHER_OPTIONS, WHOLE_OPTIONS, check_options, check_skip_norm
+from adamw_kernels.state import Formats, check_formats
+from adamw_kernels.stepper import Options, Stepper, param_name
 
 if TYPE_CHECKING:
     from adamw_kernels.gradient_release import GradientRelease
     from adamw_kernels.launch_table import LaunchPlan
-
-WHOLE_OPTIONS = frozenset({"backend", "clip_per_group", "max_skip_norm", "process_group", "seed", "skip_nonfinite"})
-"""Options that a group cannot have."""
 
 ParamsT: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 
@@ -63,6 +53,8 @@ class _Internals:
         self.control: StepControl | None = None
         self.release: GradientRelease | None = None
         self.shows_averages = False
+        self.warned = False  # of native 16-bit weights
+        self.constructed = False
         # Plans that CUDA graphs replay. Nobody tells when a graph is gone, and it must not outlive its tables.
         self.captured: list[LaunchPlan | None] = []
 
@@ -81,7 +73,8 @@ class FusedAdamW(Optimizer):
 
     State per parameter, as in torch: `step` (float32 scalar on the parameter's device), `exp_avg`, `exp_avg_sq`, with
     `amsgrad` `max_exp_avg_sq`, with `ema_decay` `param_ema` (shape, device and layout of the parameter; float32, or
-    float64 for float64 parameters). State dicts load both ways with `torch.optim.AdamW` and `torch.optim.Adam`.
+    float64 for float64 parameters); beside split weights `param_remainder`, beside 8-bit moments `moment_groups` and
+    `exp_avg_sq_scale`. State dicts load both ways with `torch.optim.AdamW` and `torch.optim.Adam`.
 
     Args:
         params: parameters, groups, or named parameters: float32, bfloat16, float16, float64 or complex tensors of any
@@ -116,16 +109,25 @@ class FusedAdamW(Optimizer):
             step of a parameter, starting at the weight before its first. In [0, 1); a number or a one-element tensor.
         ema_warmup: use (1 + t) / (10 + t) as long as that is less than `ema_decay`.
         ema_format: "float32" (float64 for float64 parameters) or "bfloat16", rounded stochastically.
+        param_format: how a bfloat16 or float16 weight remembers what its dtype cannot hold: "native" (nothing, rounded
+            to nearest: what torch does, small updates are lost), "stochastic" (nothing, rounded by chance without
+            bias), "split24" (8 more bits, an int8 beside it), "split32" (all of a float32's bits, an int16 beside it:
+            updates as those of a float32 master weight). "auto": "split32". Wider weights hold everything themselves.
+        moment_format: "float32" (float64 for float64 parameters), "bfloat16" (rounded stochastically) or "8bit" (8.5
+            bits a moment; parameters below 4,096 elements keep float32).
+        update_bound: :math:`|\hat m|/\sqrt{\hat v}` at most. "auto": where moments are rounded, the limit that exact
+            ones cannot exceed (7.27 in the long run for the default betas); None: no limit.
         process_group: over which plain tensors are shards, for norms and skips; DTensors know by themselves.
         seed: of the random bits of stochastic rounding, which depend on it, the parameter's position, its step count
             and the element's index alone.
         backend: "auto", "cpu", "triton" or "cuda"; see `adamw_kernels.describe()`.
 
-    max_grad_norm, ema_decay, ema_warmup, ema_format, cautious and cautious_weight_decay are options of each group.
+    max_grad_norm, ema_decay, ema_warmup, ema_format, param_format, moment_format, update_bound, cautious and
+    cautious_weight_decay are options of each group.
 
     Raises:
         ValueError: a hyperparameter out of range, options that contradict each other, an unknown backend.
-        TypeError: not a process group; an average in bfloat16 beside a parameter that it would be too coarse for.
+        TypeError: not a process group; an average or moments too coarse for their parameter.
         RuntimeError: an option that cannot be met.
     """
 
@@ -153,13 +155,16 @@ class FusedAdamW(Optimizer):
         ema_decay: float | torch.Tensor | None = None,
         ema_warmup: bool = False,
         ema_format: str = "float32",
+        param_format: str = "auto",
+        moment_format: str = "float32",
+        update_bound: float | str | None = "auto",
         process_group: Any = None,
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
         """Check every option; nothing is allocated before the first step."""
         backends.check_name(backend, f"backend={backend!r}")
-        _check_skip_norm(max_skip_norm)
+        check_skip_norm(max_skip_norm)
         if process_group is not None and not hasattr(process_group, "rank"):
             raise TypeError(
                 f"FusedAdamW: process_group is {process_group!r}; expected a torch.distributed.ProcessGroup or None"
@@ -190,14 +195,18 @@ class FusedAdamW(Optimizer):
             "ema_decay": ema_decay,
             "ema_warmup": ema_warmup,
             "ema_format": ema_format,
+            "param_format": param_format,
+            "moment_format": moment_format,
+            "update_bound": update_bound,
         }
         defaults |= {
             key: value
             for key, value in further.items()
             if isinstance(value, torch.Tensor) or value != FURTHER_OPTIONS[key]
         }
-        _check_options(defaults, "FusedAdamW")
+        check_options(defaults, "FusedAdamW")
         super().__init__(params, defaults)
+        self._internals.constructed = True
         if fused:
             self._step_supports_amp_scaling = True
         if clip_per_group and not self._any_group_has("max_grad_norm"):
@@ -216,14 +225,14 @@ class FusedAdamW(Optimizer):
 
         Raises:
             ValueError, RuntimeError: as the constructor; the optimizer is then unchanged.
-            TypeError: an average in bfloat16 beside a parameter that it would be too coarse for.
+            TypeError: an average or moments too coarse for their parameter.
         """
         if "decoupled" in param_group:
             param_group["decoupled_weight_decay"] = param_group.pop("decoupled")
         known = FURTHER_OPTIONS.keys() | self.defaults.keys()
         options = self.defaults | {key: value for key, value in param_group.items() if key in known}
         where = f"param_groups[{len(self.param_groups)}]"
-        _check_options(options, where)
+        check_options(options, where)
         for key in ("ema_warmup", "ema_format"):
             named = param_group.get(key, FURTHER_OPTIONS[key])
             if named != FURTHER_OPTIONS[key] and options.get("ema_decay") is None:
@@ -236,10 +245,22 @@ class FusedAdamW(Optimizer):
         super().add_param_group(param_group)
         try:
             for index, p in enumerate(param_group["params"]):
-                check_ema_format(param_name(param_group, len(self.param_groups) - 1, index), p, param_group)
+                check_formats(param_name(param_group, len(self.param_groups) - 1, index), p, param_group)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        self._warn_of_native_weights(param_group)
+
+    def _warn_of_native_weights(self, group: dict[str, Any]) -> None:
+        narrow = [p.dtype for p in group["params"] if p.dtype in (torch.bfloat16, torch.float16)]
+        if group.get("param_format") == "native" and narrow and not self._internals.warned:
+            self._internals.warned = True
+            warnings.warn(
+                f"param_format='native' rounds {narrow[0]} weights to nearest: what is less than half their last bit, "
+                "most updates and all decay late in training, is lost. 'stochastic' loses nothing on average, "
+                "'split24' and 'split32' keep the rest of the weight.",
+                stacklevel=3 if self._internals.constructed else 5,
+            )
 
     # --- the step -------------------------------------------------------------------------------------------------
 
@@ -439,6 +460,53 @@ class FusedAdamW(Optimizer):
                 "Leave the `with` block first."
             )
 
+    # --- storage formats --------------------------------------------------------------------------------------------
+
+    def formats(self) -> dict[torch.Tensor, Formats]:
+        """How each parameter's weight and moments are stored: what "auto" chose, and what is too small for "8bit"."""
+        return interchange.formats(self)
+
+    def fp32_weights(self) -> dict[torch.Tensor, torch.Tensor]:
+        """The weights with all that their formats remember of them, by parameter: to be saved or evaluated.
+
+        New float32 tensors (float64 and complex parameters keep their dtype), DTensors where parameters are. Under
+        "split32" they are the master weights of which the parameters are the rounded form.
+        """
+        self._refuse_while_averages_are_shown("fp32_weights()")
+        return interchange.fp32_weights(self)
+
+    def load_fp32_weights(self, weights: Mapping[torch.Tensor, torch.Tensor] | Sequence[torch.Tensor]) -> None:
+        """Write float32 weights into parameters of any format, together with what the format remembers.
+
+        Args:
+            weights: one a parameter, by parameter or in their order; shape and sharding as theirs.
+
+        Raises:
+            ValueError, TypeError: one is missing or does not fit; then nothing was written.
+        """
+        self._refuse_while_averages_are_shown("load_fp32_weights()")
+        interchange.load_fp32_weights(self, weights)
+
+    def export_state_dict(self, target: str = "torch") -> StateDict:
+        """A state dict that `torch.optim.AdamW` loads beside `fp32_weights()`: moments in float32, torch's options.
+
+        Averages of weights are not part of it. The way back is `load_state_dict`, into any format.
+
+        Raises:
+            ValueError: another target than "torch".
+        """
+        return interchange.export_state_dict(self, target)
+
+    def convert(self, *, param_format: str | None = None, moment_format: str | None = None) -> None:
+        """Go on in other formats, for all groups; what is None stays. The state is converted at once, to nearest.
+
+        Raises:
+            ValueError, TypeError: as the constructor; then nothing was changed.
+            RuntimeError: a CUDA graph holds the step.
+        """
+        self._refuse_while_averages_are_shown("convert()")
+        interchange.convert(self, {"param_format": param_format, "moment_format": moment_format})
+
     # --- state ------------------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -462,7 +530,7 @@ class FusedAdamW(Optimizer):
             }
             for index, group in enumerate(loaded["param_groups"]):
                 if group.get("differentiable"):
-                    _check_options({"differentiable": True}, f"loaded param_groups[{index}]")
+                    check_options({"differentiable": True}, f"loaded param_groups[{index}]")
             for own, group in zip(self.param_groups, loaded["param_groups"], strict=False):  # torch compares lengths
                 kept.append({key: own[key] for key in FURTHER_OPTIONS if key in own and key not in group})
             return {**loaded, "state": states}
@@ -497,52 +565,11 @@ class FusedAdamW(Optimizer):
         if self.defaults.get("fused"):
             self._step_supports_amp_scaling = True
         self._internals.stepper = None
+        self._internals.constructed = True
         self._complete_groups()
 
 
 # --- checks and names -------------------------------------------------------------------------------------------------
-
-
-def _check_options(options: dict[str, Any], where: str) -> None:
-    """Refuse hyperparameters out of range (with torch's messages) and options that cannot be met.
-
-    Raises:
-        ValueError, RuntimeError: naming the option, its value and what is accepted.
-    """
-    if options.get("differentiable"):
-        raise RuntimeError(
-            f"{where}: differentiable=True: the fused update is invisible to autograd. Use torch.optim.AdamW("
-            "differentiable=True) to differentiate through the optimizer."
-        )
-    if "lr" not in options:
-        return
-    for key, text in (("lr", "learning rate"), ("eps", "epsilon value"), ("weight_decay", "weight_decay value")):
-        value = options[key]
-        if isinstance(value, torch.Tensor) and value.numel() != 1:
-            raise ValueError(f"{where}: Tensor {key} must be 1-element, not of shape {tuple(value.shape)}")
-        if not 0.0 <= value:
-            raise ValueError(f"{where}: Invalid {text}: {value}; expected {key} >= 0")
-    betas = options["betas"]
-    if len(betas) != 2:
-        raise ValueError(f"{where}: betas has {len(betas)} entries; expected two")
-    for index, beta in enumerate(betas):
-        if isinstance(beta, torch.Tensor) and beta.numel() != 1:
-            raise ValueError(f"{where}: Tensor betas[{index}] must be 1-element, not of shape {tuple(beta.shape)}")
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"{where}: Invalid beta parameter at index {index}: {beta}; expected 0 <= beta < 1")
-    check_hyperparameters(group_hyperparameters(options), where)
-    ema_format = options.get("ema_format", EMA_FORMATS[0])
-    if ema_format not in EMA_FORMATS:
-        raise ValueError(f"{where}: ema_format is {ema_format!r}; expected one of {', '.join(EMA_FORMATS)}")
-    if options.get("cautious_weight_decay") and not options["decoupled_weight_decay"]:
-        raise ValueError(
-            f"{where}: cautious_weight_decay=True with decoupled=False: there is no decay of the weight to be cautious "
-            "about; expected one or the other"
-        )
-    if options["fused"] is False:
-        raise RuntimeError(f"{where}: fused=False: FusedAdamW has no other implementation. Use torch.optim.AdamW.")
-    if options["fused"] and options["foreach"]:
-        raise RuntimeError(f"{where}: `fused` and `foreach` cannot be `True` together.")
 
 
 def _bring_back(params: list[torch.Tensor], weights: list[torch.Tensor]) -> None:
@@ -556,25 +583,6 @@ def _bring_back(params: list[torch.Tensor], weights: list[torch.Tensor]) -> None
                 error = error or failure
     if error is not None:
         raise error
-
-
-def _check_skip_norm(value: Any) -> None:
-    """Refuse a limit that no norm could exceed, or that every norm would.
-
-    Raises:
-        ValueError: saying what is accepted.
-    """
-    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
-        if value.device.type != "cpu":  # reading it would synchronise
-            return
-        value = value.item()
-    if value is None:
-        return
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not 0.0 < value < math.inf:
-        raise ValueError(
-            f"FusedAdamW: max_skip_norm is {value!r}; expected a finite number above 0, a one-element tensor, or None"
-        )
 
 
 def _copy_to(device: torch.device | None, value: Any) -> Any:

@@ -5,15 +5,15 @@ A `Stepper` steps the parameters it is shown: all of an optimizer's, or a single
 
 from __future__ import annotations
 
+import math
 import operator
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from adamw_kernels.control import NormDomain, StepControl, shard_groups
-from adamw_kernels.formats import DLPACK_DTYPES, EMA_FORMATS, ema_dtype, moment_dtype, moment_like, random_stream
+from adamw_kernels.control import NormDomain, StepControl
+from adamw_kernels.formats import DLPACK_DTYPES, random_stream
 from adamw_kernels.functional import (
     check_grad,
     check_overlap,
@@ -25,23 +25,20 @@ from adamw_kernels.functional import (
     local_param,
     local_view,
 )
-from adamw_kernels.hyperparameters import Hyperparameters, check_hyperparameters
+from adamw_kernels.hyperparameters import check_hyperparameters
 from adamw_kernels.launch_table import LaunchPlan, TensorSpec
-from adamw_kernels.tensor_watch import ALWAYS_ODD, NO_ROW, STATE_KEYS, TensorWatch, same_layout, watch_tensors
-
-# Largest step count, a float32, that the kernels' repeated squaring covers. As a float32 it stops growing at 2^24
-# anyway, when the bias corrections have long been 1.
-MAX_STEP = 2**31 - 128
-
-FURTHER_OPTIONS: dict[str, Any] = {
-    "cautious": False,
-    "cautious_weight_decay": False,
-    "max_grad_norm": None,
-    "ema_decay": None,
-    "ema_warmup": False,
-    "ema_format": "float32",
-}
-"""Options that torch does not know; a group in which one is missing has this value."""
+from adamw_kernels.options import FURTHER_OPTIONS, group_hyperparameters
+from adamw_kernels.sharding import first_element, shard_groups
+from adamw_kernels.state import (
+    check_adoptable,
+    check_formats,
+    complete_state,
+    drop_remainder,
+    formats_of,
+    local_state,
+    state_dtypes,
+)
+from adamw_kernels.tensor_watch import ALWAYS_ODD, NO_ROW, TensorWatch, watch_tensors
 
 # A group's hyperparameters, then its options that shape the plan.
 _torch_options = operator.itemgetter(
@@ -342,8 +339,8 @@ class Stepper:
             if p.grad is not None:
                 local = local_param(name, p)
                 check_grad(name, local, _local_grad(p))
-                _check_adoptable(name, p, local, self.state.get(p, {}))
-                check_ema_format(name, p, self.groups[group])
+                check_adoptable(name, p, local, self.state.get(p, {}))
+                check_formats(name, p, self.groups[group])
 
         specs: list[TensorSpec] = []
         grads: list[torch.Tensor] = []
@@ -352,7 +349,10 @@ class Stepper:
         for name, group, p, position in candidates.values():
             options = FURTHER_OPTIONS | self.groups[group]
             if p.grad is not None:
-                self._complete_state(name, p, options, steps_seen)
+                before = self.members.get(id(p))
+                if before is not None and before.param_dtype != p.dtype and "param_remainder" in self.state[p]:
+                    drop_remainder(name, p, self.state[p])  # bfloat16's and float16's look alike
+                complete_state(name, p, self.state[p], options, steps_seen)
             try:
                 spec = self._spec(name, group, p, position)
             except (AttributeError, KeyError, TypeError, ValueError):
@@ -369,12 +369,16 @@ class Stepper:
     def _spec(self, name: str, group: int, p: torch.Tensor, position: int) -> TensorSpec:
         options = FURTHER_OPTIONS | self.groups[group]
         state, local = self.state[p], local_param(name, p)
-        keys = ("step", *_moment_keys(options["amsgrad"]), *(() if options["ema_decay"] is None else ("param_ema",)))
-        views = {key: local_view(state[key]) for key in keys}
-        for key, view in views.items():
-            check_state(name, key, local, view)
-        if "param_ema" in views and views["param_ema"].dtype != ema_dtype(local.dtype, options["ema_format"]):
-            raise TypeError(f"param_ema of {name} has dtype {views['param_ema'].dtype}")  # to be converted when stepped
+        formats = formats_of(p, options)
+        views: dict[str, torch.Tensor] = {}
+        for key, dtype in state_dtypes(p, options).items():
+            views[key] = local_view(state[key])
+            check_state(name, key, local, views[key], dtype)
+        if not formats.covers(state):
+            raise TypeError(f"the state of {name} has another format")  # to be converted when it is stepped
+        bound = options["update_bound"]
+        if bound == "auto":
+            bound = math.inf if formats.moments == "float32" else -1.0
         return TensorSpec(
             name=name,
             param=local,
@@ -394,6 +398,13 @@ class Stepper:
             ema_warmup=options["ema_decay"] is not None and bool(options["ema_warmup"]),
             domain=self._domain(group, p),
             random_stream=random_stream(self.options.seed, position),
+            param_format=formats.param,
+            moment_format=formats.moments,
+            remainder=views.get("param_remainder"),
+            groups=views.get("moment_groups"),
+            scale=views.get("exp_avg_sq_scale"),
+            first_element=first_element(p, self.options.process_group),
+            update_bound=math.inf if bound is None else float(bound),
         )
 
     def _domain(self, group: int, p: torch.Tensor) -> NormDomain:
@@ -427,65 +438,8 @@ class Stepper:
                 domains.append(self._domain(index, p))
         return domains
 
-    # --- state ------------------------------------------------------------------------------------------------------
 
-    def _complete_state(self, name: str, p: torch.Tensor, options: dict[str, Any], steps_seen: set[int]) -> None:
-        """Create what is missing in a parameter's state and bring the rest into the form that kernels read.
-
-        Loaded steps may be numbers or tensors of any dtype, shape or device; loaded moments may have another dtype,
-        device or layout. A moment is only ever widened, except where a float64 model became a narrower one.
-        """
-        state = self.state[p]
-        local = local_view(p)
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=local.device)
-        else:
-            step = state["step"]
-            if not isinstance(step, torch.Tensor):
-                step = torch.tensor(float(step))
-            if step.dtype != torch.float32 or step.device != local.device or step.numel() != 1:
-                step = step.detach().reshape(()).to(device=local.device, dtype=torch.float32)
-            if step.data_ptr() in steps_seen:
-                step = step.clone()  # one counter for several parameters would be advanced several times
-            state["step"] = step
-        steps_seen.add(state["step"].data_ptr())
-
-        dtype = moment_dtype(p.dtype)
-        for key in _moment_keys(options["amsgrad"]):
-            if key not in state:
-                state[key] = moment_like(p)
-                continue
-            moment = state[key]
-            if moment.dtype == torch.float64 and dtype != torch.float64 and p.dtype != torch.float64:
-                warnings.warn(
-                    f"{key} of {name} is float64 and its parameter {p.dtype}: it is rounded to {dtype}", stacklevel=2
-                )
-            moment = moment.to(device=p.device, dtype=dtype)
-            if not same_layout(local_view(moment), local):
-                moment = moment_like(p).copy_(moment)
-            if moment is not state[key]:
-                state[key] = moment
-        if options["ema_decay"] is not None:
-            # A new average starts at the weight before this step's update.
-            ema = state.get("param_ema", p.detach())
-            ema = ema.to(device=p.device, dtype=ema_dtype(p.dtype, options["ema_format"]))
-            if not same_layout(local_view(ema), local):
-                ema = torch.empty_like(p, dtype=ema.dtype, memory_format=torch.preserve_format).copy_(ema)
-            if "param_ema" not in state:
-                # In memory of its own, unless a conversion has seen to that.
-                state["param_ema"] = ema.clone() if local_view(ema).data_ptr() == local.data_ptr() else ema
-            elif ema is not state["param_ema"]:
-                state["param_ema"] = ema
-
-
-# --- checks and names -------------------------------------------------------------------------------------------------
-
-
-def group_hyperparameters(group: dict[str, Any]) -> Hyperparameters:
-    """A group's hyperparameters, in the order of a HyperRow."""
-    (beta1, beta2) = group["betas"]
-    further = group.get("max_grad_norm"), group.get("ema_decay")
-    return Hyperparameters(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], *further)
+# --- names -------------------------------------------------------------------------------------------------
 
 
 def _is_extended(group: dict[str, Any]) -> bool:
@@ -496,7 +450,10 @@ def _is_extended(group: dict[str, Any]) -> bool:
 def _further_structure(group: dict[str, Any]) -> tuple[Any, ...]:
     """What else shapes the plan; None where a group does not say, which is another way to say the default."""
     get = group.get
-    return get("cautious"), get("cautious_weight_decay"), get("ema_warmup"), get("ema_format")
+    return (
+        *(get("cautious"), get("cautious_weight_decay"), get("ema_warmup"), get("ema_format")),
+        *(get("param_format"), get("moment_format"), get("update_bound", "auto")),
+    )
 
 
 def _is_flat_shard(p: torch.Tensor) -> bool:
@@ -511,14 +468,9 @@ def param_name(group: dict[str, Any], group_index: int, index: int) -> str:
     return f"parameter {names[index]!r} ({place})" if names is not None else place
 
 
-def _moment_keys(amsgrad: bool) -> tuple[str, ...]:
-    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
-
-
 def _addresses(local: torch.Tensor, state: dict[str, Any]) -> dict[str, int]:
     """Where a parameter and its state live; the user's own entries beside them are not ours to look at."""
-    found = {key: local_view(state[key]).data_ptr() for key in STATE_KEYS if isinstance(state.get(key), torch.Tensor)}
-    return {"param": local.data_ptr(), **found}
+    return {"param": local.data_ptr()} | {key: value.data_ptr() for key, value in local_state(state).items()}
 
 
 def _local_grad(p: torch.Tensor) -> torch.Tensor:
@@ -529,69 +481,3 @@ def _local_grad(p: torch.Tensor) -> torch.Tensor:
     if placements is not None and getattr(grad, "placements", placements) != placements:
         grad = grad.redistribute(p.device_mesh, placements)  # type: ignore[attr-defined]
     return local_grad(grad)
-
-
-def _check_adoptable(name: str, p: torch.Tensor, local: torch.Tensor, state: dict[str, Any]) -> None:
-    """Refuse a loaded or edited state that cannot be completed without losing something.
-
-    Raises:
-        ValueError, TypeError: naming the parameter, what it was, and the way out.
-    """
-    known = [key for key in ("step", "exp_avg", "exp_avg_sq") if key in state]
-    if known and len(known) != 3:
-        missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in state]
-        raise ValueError(
-            f"the state of {name} has {', '.join(known)} but no {', '.join(missing)}; expected all three or none. "
-            "Load a complete state, or delete the entry to start anew."
-        )
-    for key in (*known, "max_exp_avg_sq", "param_ema"):
-        if isinstance(state.get(key), torch.Tensor) and state[key].device.type == "meta":
-            raise ValueError(
-                f"{key} of {name} is on the meta device and has no values; expected a tensor that has. Load the state "
-                "again without mapping it to meta, or delete the entry to start anew."
-            )
-    if "step" in known:
-        step = state["step"]
-        if isinstance(step, torch.Tensor) and step.numel() != 1:
-            raise ValueError(f"step of {name} has shape {tuple(step.shape)}; expected one element.")
-        on_device = isinstance(step, torch.Tensor) and step.device == local.device and step.device.type != "cpu"
-        if not on_device and not (0 <= float(step) <= MAX_STEP and float(step) == int(step)):
-            raise ValueError(f"step of {name} is {float(step)}; expected a whole number from 0 to {MAX_STEP}.")
-    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "param_ema"):
-        moment = state.get(key)
-        if moment is None:
-            continue
-        if not isinstance(moment, torch.Tensor) or not (moment.is_floating_point() or moment.is_complex()):
-            kind = moment.dtype if isinstance(moment, torch.Tensor) else type(moment).__name__
-            raise TypeError(f"{key} of {name} is {kind}; expected a floating-point tensor.")
-        if moment.layout != torch.strided:
-            raise TypeError(
-                f"{key} of {name} has layout {moment.layout}; expected a strided tensor. Make it dense with "
-                "`.to_dense()`."
-            )
-        if moment.is_complex() != p.is_complex():
-            raise TypeError(f"{key} of {name} has dtype {moment.dtype} beside a {p.dtype} parameter.")
-        view = local_view(moment)
-        if view.shape != local.shape:
-            raise ValueError(
-                f"{key} of {name} has shape {tuple(view.shape)}, the parameter {tuple(local.shape)}; expected the same "
-                "shape. If the parameter was resized, delete its entry in the optimizer's state."
-            )
-
-
-def check_ema_format(name: str, p: torch.Tensor, group: dict[str, Any]) -> None:
-    """Refuse an unknown format, and an average that would be far coarser than its parameter.
-
-    Raises:
-        ValueError, TypeError: naming the parameter.
-    """
-    if group.get("ema_decay") is None:
-        return
-    ema_format = group.get("ema_format", FURTHER_OPTIONS["ema_format"])
-    if ema_format not in EMA_FORMATS:
-        raise ValueError(f"ema_format of {name} is {ema_format!r}; expected one of {', '.join(EMA_FORMATS)}")
-    if ema_format == "bfloat16" and (p.dtype == torch.float64 or p.is_complex()):
-        raise TypeError(
-            f"{name} has dtype {p.dtype}, and ema_format is 'bfloat16'; expected a float32, bfloat16 or float16 "
-            "parameter beside it. Use ema_format='float32', which keeps the average in the moments' dtype."
-        )

@@ -18,7 +18,16 @@ import torch
 from adamw_kernels.backends import native_module
 from adamw_kernels.formats import DLPACK_DTYPES
 
-STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "param_ema")
+STATE_KEYS = (
+    "step",
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "param_ema",
+    "param_remainder",
+    "moment_groups",
+    "exp_avg_sq_scale",
+)
 
 # Stands for the address of a gradient without elements: see kEmptyGradient in csrc/tensor_watch.cpp.
 EMPTY_GRADIENT = 16

@@ -1,7 +1,8 @@
 """Benchmarks of adamw_kernels: runs write CSV rows, plots read CSV rows.
 
-`python -m bench` measures steps, training loops, peak memory, host cost and accuracy on this machine, appends rows to
-`bench/results/<machine>/` and draws the figures from them. `python -m bench list` says what would run.
+`python -m bench` measures steps, training loops, peak memory, host cost, accuracy and the quality of storage formats on
+this machine, appends rows to `bench/results/<machine>/` and draws the figures from them. `python -m bench list` says
+what would run.
 
 The rules, each kept in one module:
 

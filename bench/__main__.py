@@ -1,4 +1,4 @@
-"""Command line: `python -m bench [list|throughput|loop|memory|host|accuracy|plot]`; without a command: all but list."""
+"""Command line: `python -m bench COMMAND`; without one: all but `list` and `curves`, which takes half an hour."""
 
 from __future__ import annotations
 
@@ -10,7 +10,21 @@ from pathlib import Path
 
 import torch
 
-from bench import accuracy, contenders, host, loop, machine, memory, roof, rows, throughput
+from bench import (
+    accuracy,
+    contenders,
+    curves,
+    formats,
+    host,
+    instructions,
+    loop,
+    machine,
+    memory,
+    quality,
+    roof,
+    rows,
+    throughput,
+)
 from bench.cases import cases
 from bench.disturbance import NOTICEABLE_CORES
 from bench.machine import Environment
@@ -33,8 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
         "memory": [run_memory],
         "host": [run_host],
         "accuracy": [run_accuracy],
+        "quality": [run_quality],
+        "instructions": [run_instructions],
+        "formats": [run_formats],
+        "curves": [run_curves],
         "plot": [run_plot],
-        None: [run_throughput, run_loop, run_memory, run_host, run_accuracy, run_plot],
+        None: [run_throughput, run_loop, run_memory, run_host, run_accuracy, run_quality, run_formats, run_plot],
     }
     environment = machine.environment(options.device)
     folder = options.results or machine.results_folder(environment.machine)
@@ -79,10 +97,17 @@ def parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="sampling time per case and dtype, and of `loop` per workload (default: 6)",
     )
+    add(
+        "--format",
+        action="append",
+        choices=list(quality.FORMATS),
+        default=argparse.SUPPRESS,
+        help="only this storage format of `quality`; repeatable",
+    )
     add("--results", type=Path, default=argparse.SUPPRESS, help="folder of rows and figures (default: the machine's)")
     result = argparse.ArgumentParser(prog="python -m bench", description=__doc__, parents=[shared])
     result.set_defaults(device=default, threads=None, case=None, dtype=None, contender=None, workload=None)
-    result.set_defaults(seconds=6.0, results=None)
+    result.set_defaults(seconds=6.0, results=None, format=None)
     commands = result.add_subparsers(dest="command")
     for name, summary in (
         ("list", "cases, contenders and why some cannot run"),
@@ -91,6 +116,10 @@ def parser() -> argparse.ArgumentParser:
         ("memory", "peak memory of training with gradients kept and released"),
         ("host", "Python cost per tensor and allocations of a warm step"),
         ("accuracy", "error of the weights against float64 AdamW"),
+        ("quality", "errors of the moments' storage formats, ours and published ones"),
+        ("instructions", "SASS instructions and bytes per element of every compiled CUDA update; needs no GPU"),
+        ("formats", "time of a step in every storage format, beside low-memory optimizers"),
+        ("curves", "training with several storage formats"),
         ("plot", "figures from the rows"),
     ):
         commands.add_parser(name, help=summary, description=summary, parents=[shared])
@@ -178,6 +207,54 @@ def run_accuracy(options: argparse.Namespace, environment: Environment, folder: 
     return True
 
 
+def run_instructions(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
+    """Counts the instructions of the compiled CUDA updates; passes where there are none to count."""
+    print("instructions", flush=True)
+    try:
+        result = instructions.measure()
+    except instructions.UnavailableError as error:
+        print(f"  instructions: {error}")
+        return True
+    rows.append(folder, environment, result)
+    report(result)
+    return True
+
+
+def run_quality(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
+    """Measures every storage format of the moments; fails if our 8-bit moments miss an acceptance figure."""
+    passed = True
+    for name in options.format or quality.FORMATS:
+        print(f"quality, {name}", flush=True)
+        result: list[rows.Row] = []
+        for row in quality.measure(quality.FORMATS[name], options.device):
+            passed = passed and not (name == "8bit" and row.met == 0)
+            result.append(row)
+            report([row])
+        rows.append(folder, environment, result)
+    return passed
+
+
+def run_formats(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
+    """Times every storage format; fails if one of ours did not pass its check."""
+    print(f"formats, {formats.CASE.title}", flush=True)
+    result, reasons = formats.measure(options.device, seconds=10 * options.seconds)
+    report(result)
+    for name, reason in reasons.items():
+        print(f"  left out: {name}: {reason}")
+    rows.append(folder, environment, result)
+    return not any(name.startswith("ours") for name in reasons)
+
+
+def run_curves(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
+    """Trains in every format with every seed, one seed after the other."""
+    for seed in curves.SEEDS:
+        for run in curves.RUNS:
+            result: list[rows.Row] = [*curves.train(run, seed, options.device)]
+            report(result[-1:])
+            rows.append(folder, environment, result)
+    return True
+
+
 def run_plot(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
     """Draws the figures from the rows in the folder."""
     try:
@@ -229,6 +306,25 @@ def describe(row: rows.Row) -> str:
     if isinstance(row, rows.AccuracyRow):
         setting = f"lr {row.lr:g}, weight decay {row.weight_decay:g}, beta2 {row.beta2:g}"
         return f"{row.contender:14} {setting:42} relative error {row.relative_error:.2e}"
+    if isinstance(row, rows.QualityRow):
+        verdict = "" if row.limit is None else f"limit {row.limit:.4g}" + ("" if row.met else "  <- not met")
+        return f"{row.metric:18} {row.setting:25} beta2 {row.beta2:<5g} {row.value:10.3g}  {verdict}"
+    if isinstance(row, rows.FormatRow):
+        name = f"{row.contender} {row.dtype} {row.param_format}/{row.moment_format}"
+        return (
+            f"{name:45} {row.kept_bytes_per_param:6.3f} B kept {row.median_us / 1e3:9.3f} ms {row.gb_s:6.1f} GB/s "
+            f"{row.speedup_over_torch_float32:5.2f}x float32 {row.speedup_over_torch_bfloat16:5.2f}x bfloat16"
+        )
+    if isinstance(row, rows.InstructionRow):
+        return (
+            f"{row.target:6} {row.param:6} {row.grad:6} {row.moments:6} {row.param_format:10} {row.registers:3} regs  "
+            f"{row.instructions_per_element:6.1f} instructions and {row.bytes_per_element:5.2f} bytes an element, "
+            f"{row.h100_bound} bound on H100 ({row.h100_budget:.0f}), {row.h200_bound} on H200 ({row.h200_budget:.0f})"
+        )
+    if isinstance(row, rows.CurveRow):
+        return (
+            f"{row.format:18} seed {row.seed} step {row.step}: train {row.train_loss:.4f} val {row.val_loss or 0:.4f}"
+        )
     if isinstance(row, rows.MemoryRow):
         return (
             f"{row.contender:14} gradients {row.gradients:8} peak {row.peak_mib:7.1f} MiB: "

@@ -87,8 +87,14 @@ def step_reference(group: Group, batch: list[tuple[torch.Tensor, ...]]) -> None:
         result.copy_(param.detach())
 
 
-def check(optimizer: Optimizer, inputs: Inputs, truth: list[torch.Tensor]) -> float:
+def check(optimizer: Optimizer, inputs: Inputs, truth: list[torch.Tensor], tolerance: Tolerance | None = None) -> float:
     """Steps a freshly built optimizer and compares every parameter with `truth`.
+
+    Args:
+        optimizer: On copies of the inputs.
+        inputs: Their values before.
+        truth: What `expected` says.
+        tolerance: Instead of that of the parameters' dtype.
 
     Returns:
         The largest error as a fraction of its tolerance.
@@ -103,8 +109,8 @@ def check(optimizer: Optimizer, inputs: Inputs, truth: list[torch.Tensor]) -> fl
         optimizer.step()
     worst = 0.0
     for index, (param, before, wanted, lr) in enumerate(zip(params, inputs.params, truth, lrs, strict=True)):
-        tolerance = TOLERANCES[param.dtype]
-        ratio = worst_ratio(param.detach(), before, wanted, lr, steps=len(STEP_FACTORS), tolerance=tolerance)
+        allowed = tolerance or TOLERANCES[param.dtype]
+        ratio = worst_ratio(param.detach(), before, wanted, lr, steps=len(STEP_FACTORS), tolerance=allowed)
         if not ratio <= 1.0:  # NaN fails too
             raise CheckFailedError(
                 f"{inputs.case.name}, parameter {index} of shape {tuple(param.shape)} and dtype {param.dtype}: after "

@@ -270,8 +270,168 @@ class MemoryRow:
     loss_error: float
 
 
-Row = ThroughputRow | RoofRow | HostRow | AccuracyRow | LoopRow | MemoryRow
-ROW_TYPES: tuple[type[Row], ...] = (ThroughputRow, RoofRow, HostRow, AccuracyRow, LoopRow, MemoryRow)
+@dataclass(frozen=True)
+class QualityRow:
+    """One metric of one storage format of the moments (`quality.py`; `README.md` says what the metrics mean).
+
+    Attributes:
+        format: Name of the format.
+        source: Where it was published, or "FusedAdamW".
+        bytes_per_param: Bytes of both moments per parameter, scales included.
+        metric: What is measured; less is better.
+        setting: On what.
+        beta2: Decay of the second moment; the first's is 0.9.
+        value: The result.
+        limit: What 8-bit moments must not exceed; empty if nothing is asked.
+        met: 1 if value is at most limit; empty without a limit.
+    """
+
+    file: ClassVar[str] = "quality.csv"
+
+    format: str
+    source: str
+    bytes_per_param: float
+    metric: str
+    setting: str
+    beta2: float
+    value: float
+    limit: float | None
+    met: int | None
+
+
+@dataclass(frozen=True)
+class FormatRow:
+    """One optimizer in one storage format on one large tensor (`formats.py`).
+
+    Attributes:
+        case: Name of the case.
+        params: Number of elements.
+        contender: Name of the optimizer.
+        dtype: dtype of parameters and gradients.
+        param_format: How weights are stored.
+        moment_format: How moments are stored.
+        kept_bytes_per_param: Bytes of weight and state per parameter, of the tensors themselves.
+        moved_bytes_per_param: Bytes a one-pass step reads and writes per parameter (`traffic.py`).
+        rounds: Number of interleaved rounds, each one sample.
+        median_us: Median time of a step: CUDA events on a GPU, wall-clock on a CPU.
+        p20_us: 20th percentile.
+        p80_us: 80th percentile.
+        gb_s: 1e9 bytes a second, from moved_bytes_per_param and median_us.
+        speedup_over_torch_float32: Time of torch's fused AdamW on float32 over this one's, median of the rounds' ratios.
+        speedup_over_torch_bfloat16: The same of torch's on bfloat16 weights, whose moments are bfloat16 too.
+        checked_steps: Steps compared with float64 AdamW before timing.
+        check_error: Largest error of a parameter after them, as a fraction of the tolerance.
+        other_cores: Cores that other processes kept busy during the rounds.
+    """
+
+    file: ClassVar[str] = "formats.csv"
+
+    case: str
+    params: int
+    contender: str
+    dtype: str
+    param_format: str
+    moment_format: str
+    kept_bytes_per_param: float
+    moved_bytes_per_param: float
+    rounds: int
+    median_us: float
+    p20_us: float
+    p80_us: float
+    gb_s: float
+    speedup_over_torch_float32: float
+    speedup_over_torch_bfloat16: float
+    checked_steps: int
+    check_error: float
+    other_cores: float | None
+
+
+@dataclass(frozen=True)
+class CurveRow:
+    """A few steps of one training run (`curves.py`).
+
+    Attributes:
+        format: Name of the run: weights/moments.
+        seed: Of weights and batches.
+        step: The last of these steps.
+        train_loss: Their mean loss, nats a byte.
+        val_loss: Loss on the validation text after this step; empty where it was not measured.
+        bytes_per_param: Weights and optimizer state.
+    """
+
+    file: ClassVar[str] = "curves.csv"
+
+    format: str
+    seed: int
+    step: int
+    train_loss: float
+    val_loss: float | None
+    bytes_per_param: float
+
+
+@dataclass(frozen=True)
+class InstructionRow:
+    """One compiled CUDA update in one parameter format (`instructions.py`). Nothing is timed.
+
+    Attributes:
+        target: GPU it was compiled for.
+        param: Type of the weights.
+        grad: Type of the gradients.
+        moments: Type of the moments.
+        param_format: How weights are stored.
+        registers: Registers a thread.
+        kernel_instructions: SASS instructions of the kernel, all paths together.
+        elements_per_round: Elements a thread takes in one round of the loop.
+        instructions_per_element: SASS instructions of the plain rule's path through a round, per element.
+        bytes_per_element: Bytes an element moves.
+        h100_budget: Instructions an H100 can issue per element while its bytes move.
+        h100_bound: "memory", or "issue" where instructions_per_element is above h100_budget.
+        h200_budget: The same for an H200.
+        h200_bound: The same for an H200.
+    """
+
+    file: ClassVar[str] = "instructions.csv"
+
+    target: str
+    param: str
+    grad: str
+    moments: str
+    param_format: str
+    registers: int
+    kernel_instructions: int
+    elements_per_round: int
+    instructions_per_element: float
+    bytes_per_element: float
+    h100_budget: float
+    h100_bound: str
+    h200_budget: float
+    h200_bound: str
+
+
+Row = (
+    ThroughputRow
+    | RoofRow
+    | HostRow
+    | AccuracyRow
+    | LoopRow
+    | MemoryRow
+    | QualityRow
+    | FormatRow
+    | CurveRow
+    | InstructionRow
+)
+ROW_TYPES: tuple[type[Row], ...] = (
+    ThroughputRow,
+    RoofRow,
+    HostRow,
+    AccuracyRow,
+    LoopRow,
+    MemoryRow,
+    QualityRow,
+    FormatRow,
+    CurveRow,
+    InstructionRow,
+)
 
 
 def columns(row_type: type[Row]) -> list[str]:

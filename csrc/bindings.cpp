@@ -8,6 +8,7 @@
 
 #include "cpu.h"
 #include "launch_table.h"
+#include "moments8.h"
 #include "tensor_watch.h"
 #ifdef ADAMW_KERNELS_CUDA
 #include "cuda_step.h"
@@ -35,6 +36,10 @@ py::dict layout() {
   result["ema"] = kEma;
   result["ema_bfloat16"] = kEmaBfloat16;
   result["ema_warmup"] = kEmaWarmup;
+  result["bound"] = kBound;
+  result["param_format_shift"] = kParamFormatShift;
+  result["moment_format_shift"] = kMomentFormatShift;
+  result["group"] = kGroup;
   result["param_dtype_shift"] = kParamDtypeShift;
   result["grad_dtype_shift"] = kGradDtypeShift;
   result["dtype_codes"] = py::make_tuple<py::return_value_policy::copy>(

@@ -4,8 +4,7 @@
 // No STL here and nothing with external linkage but the table at the end: see rule.h.
 #include "cpu_loop.h"
 
-#include "philox.h"
-#include "rule.h"
+#include "cpu_tile.h"
 
 namespace {
 
@@ -19,15 +18,9 @@ struct Chunk {
   int64_t end;
 };
 
-#ifdef __clang__
-#define ADAMW_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define ADAMW_VECTORIZE _Pragma("GCC ivdep")
-#endif
-
 // ivdep, not restrict: operands of one tensor never overlap across elements (the launch table refuses that), but a
 // gradient may be its parameter itself, which is read before the same element is written.
-template <bool kWithAmsgrad, bool kWithVariants, typename P, typename G>
+template <bool kWithAmsgrad, bool kWithVariants, bool kWithBound, typename P, typename G>
 void update_elements(const Chunk& chunk) {
   using T = typename compute_type<P>::type;
   P* p = reinterpret_cast<P*>(chunk.row->param);
@@ -42,7 +35,7 @@ void update_elements(const Chunk& chunk) {
     // All loads before the first store: the four arrays often lie a multiple of 4 KiB apart, and a load behind a
     // store to the same offset in another page would wait for it.
     T weight = load<T>(p + i), first = m[i], second = v[i], maximum = kWithAmsgrad ? v_max[i] : T(0);
-    adamw<kWithAmsgrad, kWithVariants>(weight, load<T>(g + i), first, second, maximum, c, flags);
+    adamw<kWithAmsgrad, kWithVariants, kWithBound>(weight, load<T>(g + i), first, second, maximum, c, flags);
     store(p + i, weight);
     m[i] = first;
     v[i] = second;
@@ -53,10 +46,11 @@ void update_elements(const Chunk& chunk) {
 template <typename P, typename G>
 void update_chunk(const Chunk& chunk) {
   const int64_t flags = chunk.row->flags;
+  const bool varied = (flags & (kVariants | kBound)) != 0;
   if (flags & kAmsgrad) {
-    return flags & kVariants ? update_elements<true, true, P, G>(chunk) : update_elements<true, false, P, G>(chunk);
+    return varied ? update_elements<true, true, true, P, G>(chunk) : update_elements<true, false, false, P, G>(chunk);
   }
-  return flags & kVariants ? update_elements<false, true, P, G>(chunk) : update_elements<false, false, P, G>(chunk);
+  return varied ? update_elements<false, true, true, P, G>(chunk) : update_elements<false, false, false, P, G>(chunk);
 }
 
 // The moving average of elements whose weights have just been stored and still are in the cache.
@@ -75,12 +69,13 @@ void average_chunk_in_bf16(const Chunk& chunk) {
   const P* p = reinterpret_cast<const P*>(chunk.row->param);
   bf16* ema = reinterpret_cast<bf16*>(chunk.row->ema);
   const float weight_of_new = static_cast<const Coefficients<float>*>(chunk.coefficients)->ema;
+  const int64_t first_element = chunk.row->first_element;
   uint64_t key;
   memcpy(&key, static_cast<const char*>(chunk.coefficients) + kKeyOffset, sizeof(key));
   ADAMW_VECTORIZE
   for (int64_t i = chunk.begin; i < chunk.end; ++i) {
     const float average = moving_average(load<float>(ema + i), load<float>(p + i), weight_of_new);
-    ema[i].bits = float_to_bf16_stochastic(average, random_word(key, i));
+    store_stochastic(ema + i, average, random_bits(key, first_element + i).for_average());
   }
 }
 
@@ -103,7 +98,7 @@ constexpr UpdateChunk kAverageChunk[kDtypes][2] = {
 };
 
 // Elements of an update after which their averages follow: the weights are read again from the first-level cache.
-constexpr int64_t kTile = 1 << 10;
+constexpr int64_t kAverageTile = 1 << 10;
 
 // --- sums of squares -------------------------------------------------------------------------------------
 
@@ -211,16 +206,18 @@ void prepare(const void* table_address, int64_t begin, int64_t end) {
   if (decision.skip) return;
   // Neighbours mostly share group and step: two powers, a division and a root a tensor are then saved.
   Coefficients<double> c = {};
-  int64_t known_hyper = -1, known_flags = -1, known_norm = -1, known_t = -1;
+  int64_t known_hyper = -1, known_flags = -1, known_norm = -1, known_bound = -1, known_t = -1;
   for (int64_t i = begin; i < end; ++i) {
     if (grads[i] == 0) continue;
     const TensorRow& row = rows[i];
     auto* step = reinterpret_cast<float*>(row.step);
     *step = *step + 1.0f;
     const auto t = static_cast<int64_t>(*step);
-    if (row.hyper != known_hyper || row.flags != known_flags || row.norm != known_norm || t != known_t) {
-      c = coefficients(hypers[row.hyper], row.flags, t, decision.inv_scale, decision.norms[row.norm]);
+    if (row.hyper != known_hyper || row.flags != known_flags || row.norm != known_norm || t != known_t ||
+        row.update_bound != known_bound) {
+      c = coefficients(hypers[row.hyper], row, t, decision.inv_scale, decision.norms[row.norm]);
       known_hyper = row.hyper, known_flags = row.flags, known_norm = row.norm, known_t = t;
+      known_bound = row.update_bound;
     }
     const int64_t out = table.coefficients + i * kCoefficientRowBytes;
     if (row.flags & kFloat64) {
@@ -228,8 +225,11 @@ void prepare(const void* table_address, int64_t begin, int64_t end) {
     } else {
       write_coefficients(reinterpret_cast<float*>(out), c);
     }
-    if (row.flags & kEmaBfloat16) {
-      *reinterpret_cast<uint64_t*>(out + kKeyOffset) = random_key(row.random_stream, t);
+    if (is_random(row.flags)) *reinterpret_cast<uint64_t*>(out + kKeyOffset) = random_key(row.random_stream, t);
+    if (row.scale != 0) {
+      auto& scaling = *reinterpret_cast<Coefficients<float>*>(out);
+      const double beta2 = hyper_value(hypers[row.hyper].beta2, (hypers[row.hyper].source >> 4) & 3);
+      advance_scale(*reinterpret_cast<float*>(row.scale), beta2, scaling.unscale, scaling.rescale);
     }
   }
 }
@@ -246,15 +246,20 @@ void update(const void* table_address, int64_t begin, int64_t end) {
     const TensorRow& row = rows[tensor];
     const int64_t first = (chunks[i] & kChunkIndexMask) * table.chunk_size;
     const int64_t last = first + table.chunk_size < row.numel ? first + table.chunk_size : row.numel;
+    const int64_t coefficients = table.coefficients + tensor * kCoefficientRowBytes;
+    if (is_packed(row.flags)) {
+      update_packed(row, grads[tensor], coefficients, first, last);
+      continue;
+    }
     const int64_t param_dtype = (row.flags >> kParamDtypeShift) & kDtypeMask;
     const int64_t grad_dtype = (row.flags >> kGradDtypeShift) & kDtypeMask;
     const UpdateChunk update_tile = kUpdateChunk[param_dtype][grad_dtype];
     const UpdateChunk average_tile = kAverageChunk[param_dtype][(row.flags & kEmaBfloat16) != 0];
-    const int64_t tile = row.flags & kEma ? kTile : last - first;
+    const int64_t tile = row.flags & kEma ? kAverageTile : last - first;
     Chunk chunk;
     chunk.row = &row;
     chunk.grad = grads[tensor];
-    chunk.coefficients = reinterpret_cast<const void*>(table.coefficients + tensor * kCoefficientRowBytes);
+    chunk.coefficients = reinterpret_cast<const void*>(coefficients);
     for (chunk.begin = first; chunk.begin < last; chunk.begin = chunk.end) {
       chunk.end = chunk.begin + tile < last ? chunk.begin + tile : last;
       update_tile(chunk);

@@ -2,180 +2,142 @@
 //
 // What one element's update is stands in rule.h; how a value is stored, in formats.h. CMakeLists.txt turns
 // contraction off for this file and keeps division, root and subnormals IEEE-754.
-#include <cuda_runtime.h>
-
+#include "cuda_moments8.h"
 #include "cuda_step.h"
-#include "philox.h"
-#include "rule.h"
+#include "cuda_vector.h"
 
 namespace {
 
 // --- index mapping --------------------------------------------------------------------------------------------
 
-constexpr int kThreads = 256;
+// Blocks a multiprocessor, at least: 5, 4 and 3 leave a thread 48, 64 and 80 registers, without spills. By itself ptxas
+// would take more, mostly to interleave the random words of several elements. 0 leaves it alone: up to 72 for float64
+// (1 would be taken as leave to use more).
+template <typename P, typename G, typename M>
+constexpr int kMinBlocks = sizeof(P) == 8                                       ? 0
+                           : sizeof(P) + sizeof(G) == 8                         ? 5
+                           : sizeof(P) == 4 && sizeof(M) == 4 && sizeof(G) == 2 ? 3
+                                                                                : 4;
+// Of some 1,500 instructions a round, on eight elements side by side, two blocks have enough to hide its loads'
+// latency; three would spill on sm_90.
+constexpr int kMinBlocks8 = 2;
 
-// Blocks a multiprocessor, at least: 5 and 4 leave a thread 48 and 64 registers, without spills. By itself ptxas would
-// take up to 52 and 77, mostly to interleave the random words of several elements. 0 leaves it alone: up to 64 for
-// float64 (1 would be taken as leave to use more, and with 4 some kernels spill).
-template <typename P, typename G>
-constexpr int kMinBlocks = sizeof(P) == 8               ? 0
-                           : sizeof(P) + sizeof(G) == 8 ? 5
-                                                        : 4;
-
-// An address out of a table, as a pointer. That it is one into global memory the compiler cannot know; told so, it
-// emits global instead of generic accesses, which takes some 10 registers a thread fewer.
-template <typename T>
-__device__ __forceinline__ T* global_pointer(int64_t address) {
-  return static_cast<T*>(__cvta_global_to_generic(static_cast<size_t>(address)));
-}
-
-// The widest access a thread can make.
-constexpr int64_t kVectorBytes = 16;
-
-// N elements that move in 16-byte accesses (fewer bytes where N of them are less).
-template <typename T, int N>
-struct alignas(sizeof(T) * N < kVectorBytes ? sizeof(T) * N : kVectorBytes) Vector {
-  T at[N];
-};
-
-// Elements a thread takes at once: 16 bytes of the narrowest operand; two of float64, of which four would be 80
-// registers.
+// Elements a thread takes at once: 16 bytes of the narrower of weight and gradient; two of float64, of which four would
+// be 80 registers.
 template <typename P, typename G>
 constexpr int kVectorLength = kVectorBytes / (sizeof(P) == 8 || sizeof(P) < sizeof(G) ? sizeof(P) : sizeof(G));
 
-template <int N, typename T>
-__device__ __forceinline__ bool starts_vector(const T* base, int64_t shift) {
-  return (reinterpret_cast<uint64_t>(base - shift) & (alignof(Vector<T, N>) - 1)) == 0;
-}
-
-template <typename V, typename T>
-__device__ __forceinline__ V& as_vector(T* element) {
-  return *reinterpret_cast<V*>(element);
-}
-
-template <bool kWithAmsgrad, bool kWithVariants, typename P, typename G, typename T, int N>
-__device__ __forceinline__ void update_each(Vector<P, N>& p, const Vector<G, N>& g, Vector<T, N>& m, Vector<T, N>& v,
-                                            Vector<T, N>& v_max, const Coefficients<T>& c, int64_t flags) {
-#pragma unroll
-  for (int k = 0; k < N; ++k) {
-    T weight = load<T>(&p.at[k]);
-    adamw<kWithAmsgrad, kWithVariants>(weight, load<T>(&g.at[k]), m.at[k], v.at[k], v_max.at[k], c, flags);
-    store(&p.at[k], weight);
-  }
-}
-
-// Where the operands of one tensor lie.
-template <typename P, typename G, typename T>
-struct Operands {
-  P* p;
-  const G* g;
-  T* m;
-  T* v;
-  T* v_max;  // read and written under kAmsgrad only
-  const TensorRow* row;
-  int64_t coefficients;  // address of the tensor's row of them
+// What a block works on.
+struct Chunk {
+  int64_t tensor;
+  int64_t index;
+  int64_t grad;  // 0: leave the tensor alone
 };
 
-// Whether the moving average is bfloat16. Beside float64 it never is, which spares those kernels its code.
-template <typename T>
-__device__ __forceinline__ bool averages_in_bf16(int64_t flags) {
-  return sizeof(T) == sizeof(float) && (flags & kEmaBfloat16);
+__device__ __forceinline__ Chunk chunk_of_block(const LaunchTable& table, int64_t first_chunk) {
+  const int64_t chunk = global_pointer<const int64_t>(table.chunks)[first_chunk + blockIdx.x];
+  const int64_t tensor = chunk >> kChunkTensorShift;
+  return {tensor, chunk & kChunkIndexMask, global_pointer<const int64_t>(table.grads)[tensor]};
 }
 
-// The moving average of elements [i, i + N), whose weights have just been stored. What it alone needs is read here,
-// from the L1 cache: kept in registers throughout, it would make update spill.
-template <int N, typename P, typename G, typename T>
-__device__ __forceinline__ void average_vector(const Operands<P, G, T>& at, int64_t i, int64_t flags,
-                                               const Vector<P, N>& p) {
-  const T weight_of_new = global_pointer<const Coefficients<T>>(at.coefficients)->ema;
-  if (averages_in_bf16<T>(flags)) {
-    const uint64_t key = *global_pointer<const uint64_t>(at.coefficients + kKeyOffset);
-    bf16* element = global_pointer<bf16>(at.row->ema) + i;
-    auto ema = as_vector<Vector<bf16, N>>(element);
+template <typename P, typename G, typename M, typename V>
+__device__ __forceinline__ Operands<P, G, M, V> operands(const LaunchTable& table, const Chunk& chunk) {
+  const TensorRow& row = global_pointer<const TensorRow>(table.rows)[chunk.tensor];
+  return {global_pointer<P>(row.param),
+          global_pointer<const G>(chunk.grad),
+          global_pointer<M>(row.exp_avg),
+          global_pointer<V>(row.exp_avg_sq),
+          row.flags,
+          row.max_exp_avg_sq,
+          row.remainder,
+          table,
+          static_cast<uint32_t>(chunk.tensor)};
+}
+
+template <bool kWithAmsgrad, bool kWithVariants, bool kWithBound, typename G, typename T, int N>
+__device__ __forceinline__ void update_each(Vector<T, N>& weight, const Vector<G, N>& g, Vector<T, N>& m,
+                                            Vector<T, N>& v, Vector<T, N>& v_max, const Coefficients<T>& c,
+                                            int64_t flags) {
 #pragma unroll
-    for (int k = 0; k < N; ++k) {
-      const T average = moving_average(load<T>(&ema.at[k]), load<T>(&p.at[k]), weight_of_new);
-      ema.at[k].bits = float_to_bf16_stochastic(static_cast<float>(average), random_word(key, i + k));
-    }
-    as_vector<Vector<bf16, N>>(element) = ema;
-  } else {
-    T* element = global_pointer<T>(at.row->ema) + i;
-    auto ema = as_vector<Vector<T, N>>(element);
-#pragma unroll
-    for (int k = 0; k < N; ++k) ema.at[k] = moving_average(ema.at[k], load<T>(&p.at[k]), weight_of_new);
-    as_vector<Vector<T, N>>(element) = ema;
+  for (int k = 0; k < N; ++k) {
+    adamw<kWithAmsgrad, kWithVariants, kWithBound>(weight.at[k], load<T>(&g.at[k]), m.at[k], v.at[k], v_max.at[k], c,
+                                                   flags);
   }
 }
 
-// Elements [i, i + N) in one access an operand, or two where 16 bytes do not hold them. `flags` are the tensor's, the
-// same for the whole block. Branching on them here, between the loads and the stores, takes some 10 registers a thread
-// fewer than a copy of the loops for each kind; two kinds, because every one more is 500 to 1,000 instructions to
-// fetch. The average comes when the moments' registers are free again.
-template <int N, typename P, typename G, typename T>
-__device__ __forceinline__ void update_vector(const Operands<P, G, T>& at, int64_t i, int64_t flags,
-                                              const Coefficients<T>& c) {
-  auto p = as_vector<Vector<P, N>>(at.p + i);
-  const auto g = as_vector<const Vector<G, N>>(at.g + i);
-  auto m = as_vector<Vector<T, N>>(at.m + i);
-  auto v = as_vector<Vector<T, N>>(at.v + i);
-  Vector<T, N> v_max;
-  if (flags & kAmsgrad) {
-    v_max = as_vector<Vector<T, N>>(at.v_max + i);
+// Elements [i, i + N) in one access an operand, or two where 16 bytes do not hold them. Branching on the flags here,
+// between the loads and the stores, takes some 10 registers a thread fewer than a copy of the loops for each kind; two
+// kinds, because every one more is 500 to 1,000 instructions to fetch. The average comes when the moments' registers
+// are free again.
+template <int N, typename At>
+__device__ __forceinline__ void update_vector(const At& at, int64_t i, const Coefficients<typename At::T>& c) {
+  using T = typename At::T;
+  using M = typename At::M;
+  constexpr bool kWide = sizeof(M) == sizeof(T);
+  Vector<T, N> weight, m, v, v_max;
+  load_weights(at, i, weight);
+  const auto g = as_vector<const Vector<typename At::G, N>>(at.g + i);
+  auto stored_m = as_vector<Vector<M, N>>(at.m + i);
+  auto stored_v = as_vector<Vector<M, N>>(at.v + i);
+  const bool amsgrad = kWide && (at.flags & kAmsgrad);
+  if (amsgrad) {
+    v_max = as_vector<Vector<T, N>>(at.v_max() + i);
   } else {
 #pragma unroll
     for (int k = 0; k < N; ++k) v_max.at[k] = T(-INFINITY);  // bounds nothing: the maximum is v itself, NaN or not
   }
-  if (flags & (kVariants | kAmsgrad)) {
-    update_each<true, true>(p, g, m, v, v_max, c, flags);
-  } else {
-    update_each<false, false>(p, g, m, v, v_max, c, flags);
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    m.at[k] = load<T>(&stored_m.at[k]);
+    v.at[k] = load<T>(&stored_v.at[k]);
   }
-  as_vector<Vector<P, N>>(at.p + i) = p;
-  as_vector<Vector<T, N>>(at.m + i) = m;
-  as_vector<Vector<T, N>>(at.v + i) = v;
-  if (flags & kAmsgrad) as_vector<Vector<T, N>>(at.v_max + i) = v_max;
-  if (flags & kEma) average_vector(at, i, flags, p);
+  if (at.flags & (kWide ? kVariants | kBound | kAmsgrad : kVariants)) {
+    update_each<kWide, true, true>(weight, g, m, v, v_max, c, at.flags);
+  } else {
+    update_each<false, false, !kWide>(weight, g, m, v, v_max, c, at.flags);
+  }
+  RandomBits random[N] = {};
+  if constexpr (kWide) {
+    as_vector<Vector<T, N>>(at.m + i) = m;
+    as_vector<Vector<T, N>>(at.v + i) = v;
+    if (amsgrad) as_vector<Vector<T, N>>(at.v_max() + i) = v_max;
+    if (rounds_weights_stochastically(at)) draw(at, i, random);
+  } else {
+    draw(at, i, random);
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      store_stochastic(&stored_m.at[k], m.at[k], random[k].for_first_moment());
+      store_stochastic(&stored_v.at[k], v.at[k], random[k].for_second_moment());
+    }
+    as_vector<Vector<M, N>>(at.m + i) = stored_m;
+    as_vector<Vector<M, N>>(at.v + i) = stored_v;
+  }
+  store_weights(at, i, weight, random);
+  if (at.flags & kEma) average(at, i, weight);
 }
 
 // One block a chunk. Chunk boundaries are moved down by `past_boundary` elements, so that vectors start on 16-byte
 // boundaries when all operands are the same number of elements past one; then only a tensor's first and last few
-// elements go one by one. Operands that disagree go one by one throughout.
-template <typename P, typename G>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<P, G>) update_kernel(LaunchTable table, int64_t first_chunk) {
-  using T = typename compute_type<P>::type;
+// elements go one by one. Operands that disagree go one by one throughout. M: what the moments are stored as.
+template <typename P, typename G, typename M>
+__global__ void __launch_bounds__(kThreads, kMinBlocks<P, G, M>) update_kernel(LaunchTable table, int64_t first_chunk) {
   constexpr int N = kVectorLength<P, G>;
   static_assert(N * sizeof(P) >= kVectorBytes, "at most one vector lies partly before a tensor's first element");
   if (global_pointer<const Decision>(table.decision)->skip) return;
-  const int64_t chunk = global_pointer<const int64_t>(table.chunks)[first_chunk + blockIdx.x];
-  const int64_t tensor = chunk >> kChunkTensorShift;
-  const int64_t index = chunk & kChunkIndexMask;
-  const int64_t grad = global_pointer<const int64_t>(table.grads)[tensor];
-  if (grad == 0) return;
-  const TensorRow* row_address = global_pointer<const TensorRow>(table.rows) + tensor;
-  const TensorRow row = *row_address;
-  const int64_t coefficients = table.coefficients + tensor * kCoefficientRowBytes;
-  const auto c = *global_pointer<const Coefficients<T>>(coefficients);
-  const int64_t flags = row.flags;
-  const Operands<P, G, T> at = {global_pointer<P>(row.param),
-                                global_pointer<const G>(grad),
-                                global_pointer<T>(row.exp_avg),
-                                global_pointer<T>(row.exp_avg_sq),
-                                global_pointer<T>(row.max_exp_avg_sq),
-                                row_address,
-                                coefficients};
+  const Chunk chunk = chunk_of_block(table, first_chunk);
+  if (chunk.grad == 0) return;
+  const auto at = operands<P, G, M, M>(table, chunk);
+  const auto c = at.of_tensor();
+  const int64_t numel = at.row().numel;
 
-  const auto past_boundary = static_cast<int64_t>((row.param & (kVectorBytes - 1)) / sizeof(P));
-  const bool ema_starts_vector = averages_in_bf16<T>(flags)
-                                     ? starts_vector<N>(reinterpret_cast<const bf16*>(row.ema), past_boundary)
-                                     : starts_vector<N>(reinterpret_cast<const T*>(row.ema), past_boundary);
-  const bool aligned = starts_vector<N>(at.p, past_boundary) && starts_vector<N>(at.g, past_boundary) &&
-                       starts_vector<N>(at.m, past_boundary) && starts_vector<N>(at.v, past_boundary) &&
-                       (!(flags & kAmsgrad) || starts_vector<N>(at.v_max, past_boundary)) &&
-                       (!(flags & kEma) || ema_starts_vector);
-  const int64_t start = index * table.chunk_size - (aligned ? past_boundary : 0);
+  const auto past_boundary = static_cast<int64_t>((reinterpret_cast<uint64_t>(at.p) & (kVectorBytes - 1)) / sizeof(P));
+  const bool aligned = start_vectors<N>(at, past_boundary) && starts_vector<N>(at.m, past_boundary) &&
+                       starts_vector<N>(at.v, past_boundary) &&
+                       (!(at.flags & kAmsgrad) || starts_vector<N>(at.v_max(), past_boundary));
+  const int64_t start = chunk.index * table.chunk_size - (aligned ? past_boundary : 0);
   const int64_t begin = start > 0 ? start : 0;
-  const bool is_last = (index + 1) * table.chunk_size >= row.numel;
-  const int64_t end = is_last ? row.numel : start + table.chunk_size;
+  const bool is_last = (chunk.index + 1) * table.chunk_size >= numel;
+  const int64_t end = is_last ? numel : start + table.chunk_size;
 
   // Whole vectors are [body_begin, body_end); what lies before and after them goes one by one.
   int64_t body_begin = end;
@@ -185,12 +147,38 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<P, G>) update_kernel(Laun
 #pragma unroll 1
   for (int64_t j = threadIdx.x; j < edges; j += kThreads) {
     const int64_t i = begin + j;
-    update_vector<1>(at, i < body_begin ? i : i + body, flags, c);
+    update_vector<1>(at, i < body_begin ? i : i + body, c);
   }
   const int64_t body_end = body_begin + body;
 #pragma unroll 1
   for (int64_t i = body_begin + static_cast<int64_t>(threadIdx.x) * N; i < body_end; i += kThreads * N) {
-    update_vector<N>(at, i, flags, c);
+    update_vector<N>(at, i, c);
+  }
+}
+
+// The same for moments in 8 bits, whose groups of 16 start at the tensor's first element: a thread takes half a group
+// where all operands start vectors there, else, and in a last group with elements missing, one element.
+template <typename P, typename G>
+__global__ void __launch_bounds__(kThreads, kMinBlocks8) update8_kernel(LaunchTable table, int64_t first_chunk) {
+  constexpr int N = kGroup / 2;
+  if (global_pointer<const Decision>(table.decision)->skip) return;
+  const Chunk chunk = chunk_of_block(table, first_chunk);
+  if (chunk.grad == 0) return;
+  const auto at = operands<P, G, int8_t, uint8_t>(table, chunk);
+  const auto c = at.of_tensor();
+  auto* words = global_pointer<uint16_t>(at.row().groups);
+  const int64_t begin = chunk.index * table.chunk_size;
+  const int64_t end = begin + table.chunk_size < at.row().numel ? begin + table.chunk_size : at.row().numel;
+  const bool aligned = start_vectors<N>(at, 0) && starts_vector<N>(at.m, 0) && starts_vector<N>(at.v, 0);
+  const int64_t body_end = aligned ? end / kGroup * kGroup : begin;
+  const int64_t padded_end = (end + kGroup - 1) / kGroup * kGroup;
+#pragma unroll 1
+  for (int64_t i = begin + static_cast<int64_t>(threadIdx.x) * N; i < body_end; i += kThreads * N) {
+    update_part_of_group<N>(at, words, i, true, c);
+  }
+#pragma unroll 1
+  for (int64_t i = body_end + threadIdx.x; i < padded_end; i += kThreads) {
+    update_part_of_group<1>(at, words, i, i < end, c);
   }
 }
 
@@ -204,7 +192,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(LaunchTable table) {
   float* step = global_pointer<float>(row.step);
   const float t = *step + 1.0f;
   *step = t;
-  const Coefficients<double> c = coefficients(global_pointer<const HyperRow>(table.hypers)[row.hyper], row.flags,
+  const Coefficients<double> c = coefficients(global_pointer<const HyperRow>(table.hypers)[row.hyper], row,
                                               static_cast<int64_t>(t), decision.inv_scale, decision.norms[row.norm]);
   const int64_t out = table.coefficients + i * kCoefficientRowBytes;
   if (row.flags & kFloat64) {
@@ -212,8 +200,13 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(LaunchTable table) {
   } else {
     write_coefficients(global_pointer<float>(out), c);
   }
-  if (row.flags & kEmaBfloat16) {
-    *global_pointer<uint64_t>(out + kKeyOffset) = random_key(row.random_stream, static_cast<int64_t>(t));
+  // Read where anything is rounded stochastically.
+  *global_pointer<uint64_t>(out + kKeyOffset) = random_key(row.random_stream, static_cast<int64_t>(t));
+  if (row.scale != 0) {
+    auto& scaling = *global_pointer<Coefficients<float>>(out);
+    const HyperRow& hyper = global_pointer<const HyperRow>(table.hypers)[row.hyper];
+    const double beta2 = hyper_value(hyper.beta2, (hyper.source >> 4) & 3);
+    advance_scale(*global_pointer<float>(row.scale), beta2, scaling.unscale, scaling.rescale);
   }
 }
 
@@ -318,14 +311,30 @@ __global__ void decide_kernel(LaunchTable table) {
 
 using UpdateKernel = void (*)(LaunchTable, int64_t);
 
-// [parameter dtype][gradient dtype], in the order of DtypeCode.
-constexpr UpdateKernel kUpdateKernels[kDtypes][kDtypes] = {
-    {update_kernel<float, float>, update_kernel<float, bf16>, update_kernel<float, fp16>, nullptr},
-    {update_kernel<bf16, float>, update_kernel<bf16, bf16>, update_kernel<bf16, fp16>, nullptr},
-    {update_kernel<fp16, float>, update_kernel<fp16, bf16>, update_kernel<fp16, fp16>, nullptr},
-    {update_kernel<double, float>, update_kernel<double, bf16>, update_kernel<double, fp16>,
-     update_kernel<double, double>},
+// [moments' format][parameter dtype][gradient dtype], in the order of MomentFormat and DtypeCode.
+constexpr UpdateKernel kUpdateKernels[kMomentFormats][kDtypes][kDtypes] = {
+    {
+        {update_kernel<float, float, float>, update_kernel<float, bf16, float>, update_kernel<float, fp16, float>},
+        {update_kernel<bf16, float, float>, update_kernel<bf16, bf16, float>, update_kernel<bf16, fp16, float>},
+        {update_kernel<fp16, float, float>, update_kernel<fp16, bf16, float>, update_kernel<fp16, fp16, float>},
+        {update_kernel<double, float, double>, update_kernel<double, bf16, double>, update_kernel<double, fp16, double>,
+         update_kernel<double, double, double>},
+    },
+    {
+        {update_kernel<float, float, bf16>, update_kernel<float, bf16, bf16>, update_kernel<float, fp16, bf16>},
+        {update_kernel<bf16, float, bf16>, update_kernel<bf16, bf16, bf16>, update_kernel<bf16, fp16, bf16>},
+        {update_kernel<fp16, float, bf16>, update_kernel<fp16, bf16, bf16>, update_kernel<fp16, fp16, bf16>},
+    },
+    {
+        {update8_kernel<float, float>, update8_kernel<float, bf16>, update8_kernel<float, fp16>},
+        {update8_kernel<bf16, float>, update8_kernel<bf16, bf16>, update8_kernel<bf16, fp16>},
+        {update8_kernel<fp16, float>, update8_kernel<fp16, bf16>, update8_kernel<fp16, fp16>},
+    },
 };
+
+UpdateKernel update_kernel_of(const adamw_kernels::CudaBatch& batch) {
+  return kUpdateKernels[batch.moment_format][batch.param_dtype][batch.grad_dtype];
+}
 
 cudaLaunchConfig_t launch_config(int64_t blocks, int64_t stream, int threads = kThreads) {
   cudaLaunchConfig_t config = {};
@@ -362,7 +371,7 @@ int cuda_step(const void* table_address, int64_t stages, const CudaBatch* batche
     const CudaBatch& batch = batches[i];
     if (batch.begin == batch.end) continue;  // nothing but empty tensors
     const auto update = launch_config(batch.end - batch.begin, stream);
-    error = cudaLaunchKernelEx(&update, kUpdateKernels[batch.param_dtype][batch.grad_dtype], table, batch.begin);
+    error = cudaLaunchKernelEx(&update, update_kernel_of(batch), table, batch.begin);
   }
   return error;
 }
@@ -374,7 +383,7 @@ int cuda_load(const CudaBatch* batches, int64_t num_batches) {
     if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
   }
   for (int64_t i = 0; i < num_batches && error == cudaSuccess; ++i) {
-    error = cudaFuncGetAttributes(&attributes, kUpdateKernels[batches[i].param_dtype][batches[i].grad_dtype]);
+    error = cudaFuncGetAttributes(&attributes, update_kernel_of(batches[i]));
   }
   return error;
 }

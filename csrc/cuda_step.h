@@ -5,10 +5,11 @@
 
 namespace adamw_kernels {
 
-// Chunks [begin, end) of a launch table whose tensors share parameter and gradient dtype.
+// Chunks [begin, end) of a launch table whose tensors share both dtypes and the moments' format.
 struct CudaBatch {
   int64_t param_dtype;
   int64_t grad_dtype;
+  int64_t moment_format;
   int64_t begin;
   int64_t end;
 };

@@ -45,10 +45,10 @@ ADAMW_HD uint16_t float_to_bf16(float x) {
   return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 
-// Rounded up with the probability of the distance: unbiased. Uses the low 16 bits of `word`.
-ADAMW_HD uint16_t float_to_bf16_stochastic(float x, uint32_t word) {
+// Rounded up with the probability of the distance: unbiased. `random`: 16 bits.
+ADAMW_HD uint16_t float_to_bf16_stochastic(float x, uint32_t random) {
   const uint32_t u = float_bits(x);
-  const uint32_t rounded = (u + (word & 0xffffu)) >> 16;
+  const uint32_t rounded = (u + random) >> 16;
   const uint32_t quiet = (u >> 16) | 0x40u;
   return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
@@ -85,6 +85,83 @@ ADAMW_HD uint16_t float_to_fp16(float x) {
   return static_cast<uint16_t>(sign | h);
 }
 
+// --- a 16-bit weight and the rest of it --------------------------------------------------------------------------
+
+// A split weight is one integer: float32's magnitude for bfloat16, and for float16 that of a float with 5 exponent and
+// 23 fraction bits, in which a float32 below 2^-14 becomes a multiple of 2^-37. The weight is its upper part to
+// nearest, ties upwards; the remainder is what must be added, so that a weight edited in place by the user keeps at
+// most half a unit of an old one. Nothing but integer arithmetic, and one exact scaling for float16.
+struct SplitWeight {
+  uint16_t weight;
+  int16_t remainder;
+};
+
+template <typename P>
+struct split_of;
+
+template <>
+struct split_of<bf16> {
+  static constexpr int kBits = 16;  // of the magnitude below the weight
+  static constexpr uint32_t kInfinity = 0x7f800000u;
+  static constexpr uint32_t kLargest =
+      0x7f7fffffu;  // rounds up to infinity in the weight, and is kept by the remainder
+  static constexpr uint16_t kNan = 0x7fc0u;
+  static ADAMW_HD uint32_t magnitude(uint32_t bits) { return bits; }
+  static ADAMW_HD uint32_t bits(uint32_t magnitude) { return magnitude; }
+};
+
+template <>
+struct split_of<fp16> {
+  static constexpr int kBits = 13;
+  static constexpr uint32_t kInfinity = 0x0f800000u;
+  static constexpr uint32_t kLargest = 0x0f7fefffu;  // the last that rounds to a finite weight: a master saturates here
+  static constexpr uint16_t kNan = 0x7e00u;
+  // The exponent is re-biased by 112, the bits of an infinity or NaN aside.
+  static ADAMW_HD uint32_t magnitude(uint32_t bits) { return float_bits(bits_float(bits) * bits_float(0x07800000u)); }
+  static ADAMW_HD uint32_t bits(uint32_t magnitude) {
+    const uint32_t finite = float_bits(bits_float(magnitude) * bits_float(0x77800000u));
+    return magnitude >= kInfinity ? magnitude | 0x7f800000u : finite;
+  }
+};
+
+// `remainder`: in units of the magnitude. One that an edited weight cannot take leaves +-0.
+template <typename P>
+ADAMW_HD float merge_weight(uint16_t weight, int32_t remainder) {
+  using split = split_of<P>;
+  const uint32_t sign = static_cast<uint32_t>(weight & 0x8000u) << 16;
+  const int32_t sum = static_cast<int32_t>(static_cast<uint32_t>(weight & 0x7fffu) << split::kBits) + remainder;
+  return bits_float(sign | split::bits(static_cast<uint32_t>(sum < 0 ? 0 : sum)));
+}
+
+// The magnitude cut to its upper bits, all but `kDropped`; up with the probability of the distance (`random`: 16 bits)
+// where any are dropped. Only what is infinite becomes infinite.
+template <typename P, int kDropped>
+ADAMW_HD uint32_t weight_magnitude(uint32_t magnitude, uint32_t random) {
+  using split = split_of<P>;
+  const bool finite = magnitude < 0x7f800000u;
+  uint32_t m = split::magnitude(magnitude) + (kDropped ? random >> (16 - kDropped) : 0u);
+  m = m > split::kLargest ? split::kLargest : m;
+  return (finite ? m : split::kInfinity) >> kDropped;
+}
+
+// kKept: bits of the magnitude that the remainder keeps: 8, or all of them.
+template <typename P, int kKept>
+ADAMW_HD SplitWeight split_weight(float x, uint32_t random) {
+  using split = split_of<P>;
+  const uint32_t u = float_bits(x), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
+  const uint32_t magnitude = weight_magnitude<P, split::kBits - kKept>(a, random);
+  const uint32_t upper = (magnitude + (1u << (kKept - 1))) >> kKept;
+  const bool nan = a > 0x7f800000u;
+  const int32_t remainder = static_cast<int32_t>(magnitude) - static_cast<int32_t>(upper << kKept);
+  return {static_cast<uint16_t>(sign | (nan ? split::kNan : upper)), static_cast<int16_t>(nan ? 0 : remainder)};
+}
+
+ADAMW_HD uint16_t float_to_fp16_stochastic(float x, uint32_t random) {
+  const uint32_t u = float_bits(x), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
+  const uint32_t magnitude = weight_magnitude<fp16, split_of<fp16>::kBits>(a, random);
+  return static_cast<uint16_t>(sign | (a > 0x7f800000u ? split_of<fp16>::kNan : magnitude));
+}
+
 // --- one interface for all of them -----------------------------------------------------------------------
 
 template <typename Compute>
@@ -108,6 +185,13 @@ ADAMW_HD void store(float* x, float value) { *x = value; }
 ADAMW_HD void store(double* x, double value) { *x = value; }
 ADAMW_HD void store(bf16* x, float value) { x->bits = float_to_bf16(value); }
 ADAMW_HD void store(fp16* x, float value) { x->bits = float_to_fp16(value); }
+
+ADAMW_HD void store_stochastic(bf16* x, float value, uint32_t random) {
+  x->bits = float_to_bf16_stochastic(value, random);
+}
+ADAMW_HD void store_stochastic(fp16* x, float value, uint32_t random) {
+  x->bits = float_to_fp16_stochastic(value, random);
+}
 
 // Arithmetic and moments are float32, or float64 for float64 parameters.
 template <typename Param>

@@ -24,11 +24,31 @@ constexpr int kGradDtypeShift = 12;
 constexpr int64_t kDtypeMask = 15;
 constexpr int64_t kEmaBfloat16 = 1 << 16;  // ema is bfloat16, rounded stochastically; else of the compute type
 constexpr int64_t kEmaWarmup = 1 << 17;    // ema_decay grows from 2/11 at the first step: (1 + t) / (10 + t) at most
+constexpr int64_t kBound = 1 << 18;        // update_bound limits the update
+constexpr int kParamFormatShift = 20;      // two bits each
+constexpr int kMomentFormatShift = 22;
+constexpr int64_t kFormatMask = 3;
 // Variants of the rule that a plain AdamW loop need not look at.
 constexpr int64_t kVariants = kL2 | kCautious | kCautiousDecay;
 
 // Codes of a storage dtype. The order is the order of the dispatch tables in cpu_loop.cpp and cuda.cu.
 enum DtypeCode : int64_t { kF32 = 0, kBF16 = 1, kF16 = 2, kF64 = 3, kDtypes = 4 };
+
+// How a 16-bit weight remembers what its dtype cannot hold. Wider weights are native.
+enum ParamFormat : int64_t {
+  kNative = 0,      // nothing: to nearest even
+  kStochastic = 1,  // nothing: up or down by chance, unbiased
+  kSplit24 = 2,     // an int8 of 8 more bits
+  kSplit32 = 3,     // an int16 of all other bits of a float32
+};
+
+// How the moments are stored.
+enum MomentFormat : int64_t {
+  kMomentsWide = 0,  // in the compute type
+  kMomentsBf16 = 1,  // bfloat16, rounded stochastically
+  kMoments8 = 2,     // codes of 8 bits and a word for 16 neighbours: moments8.h
+  kMomentFormats = 3,
+};
 
 // One tensor. Addresses are byte addresses on the tensor's own device.
 struct TensorRow {
@@ -43,7 +63,11 @@ struct TensorRow {
   int64_t ema;            // 0 without kEma
   int64_t norm;           // index of the gradient norm by which it is clipped
   int64_t random_stream;  // of its random bits; a step's key is made of it and of t
-  int64_t reserved[5];
+  int64_t remainder;      // of the weight: int8 or int16, under kSplit24 or kSplit32; else 0
+  int64_t groups;         // uint16, one for 16 elements, under kMoments8; else 0
+  int64_t scale;          // float32 scalar by which the second moment is multiplied under kMoments8; else 0
+  int64_t first_element;  // index, in the whole tensor, of this shard's first element: counts its random bits
+  int64_t update_bound;   // float64: |update| / lr at most, under kBound; negative: what exact moments cannot exceed
 };
 
 // One parameter group's hyperparameters. A field holds the float64 value itself, or, where two bits of
@@ -74,6 +98,10 @@ struct Coefficients {
   T scale;  // multiplies the gradient: 1 / loss scale x clip coefficient, negative under kMaximize
   T l2;     // weight_decay under kL2, else 0
   T ema;    // 1 - ema_decay under kEma, else 0
+  T bound;  // of the update, times lr; infinity without kBound
+  // Under kMoments8, what the second moment was, and now is, multiplied by in storage: inverse of the old, the new.
+  T unscale;
+  T rescale;
 };
 constexpr int64_t kCoefficientRowBytes = 128;
 constexpr int64_t kKeyOffset = 120;  // bytes into the row: uint64, the key of this step's random bits
@@ -141,6 +169,6 @@ constexpr int64_t kUpdate = 4;   // prepare, then update
 static_assert(sizeof(TensorRow) == 128 && sizeof(HyperRow) == 64 && sizeof(LaunchTable) == 128,
               "as Python lays them out");
 static_assert(sizeof(NormDomain) == 32 && sizeof(Signals) == 32 && sizeof(Decision) == 40, "as Python lays them out");
-static_assert(sizeof(Coefficients<double>) <= kKeyOffset, "a coefficient row holds nine doubles and the key");
+static_assert(sizeof(Coefficients<double>) <= kKeyOffset, "a coefficient row holds twelve doubles and the key");
 
 }  // namespace

@@ -2,7 +2,8 @@
 
     python tests/compile_triton.py FOLDER TARGET...
 
-A target is 'sm_90', say, or 'gfx942'; FOLDER/TARGET.json maps a kernel's name to what the compiler made of it, as text.
+A target is 'sm_90', say, or 'gfx942'; FOLDER/TARGET.json maps a kernel's name to what the compiler made of it: the
+opcodes of PTX and SASS and what a thread takes, or AMD's assembly as text.
 This runs in a process of its own because the test process may have Triton's interpreter switched on, which cannot be
 undone.
 """
@@ -16,13 +17,13 @@ from typing import Any
 
 import torch
 import triton
-from machine_code import disassemble, resources
+from machine_code import disassemble, ptx_kernels, resources, sass_kernels
 from triton.backends.compiler import GPUTarget
 
 from adamw_kernels import launch_table as layout
 from adamw_kernels import triton_kernels
 from adamw_kernels.control import NormDomain
-from adamw_kernels.formats import PARAM_DTYPES, compute_dtype, grad_dtypes
+from adamw_kernels.formats import MOMENT_FORMATS, PARAM_DTYPES, compute_dtype, grad_dtypes
 from adamw_kernels.launch_table import LaunchTable, TensorSpec
 
 CPU = torch.device("cpu")
@@ -30,12 +31,19 @@ CPU = torch.device("cpu")
 # The kernels of a step in the order of their launches, without update, of which there are several.
 SINGLE_KERNELS = ["measure", "sum_up", "decide", "prepare"]
 
-COMBINATIONS = [(param, grad) for param in PARAM_DTYPES for grad in grad_dtypes(param)]
+Combination = tuple[torch.dtype, torch.dtype, str]  # of a parameter, its gradient, its moments' format
+
+COMBINATIONS: list[Combination] = [
+    (param, grad, moments)
+    for param in PARAM_DTYPES
+    for grad in grad_dtypes(param)
+    for moments in (MOMENT_FORMATS if compute_dtype(param) == torch.float32 else MOMENT_FORMATS[:1])
+]
 
 
-def kernel_name(param: torch.dtype, grad: torch.dtype) -> str:
-    """What tests call the update kernel of a dtype combination: 'update-float32-bfloat16'."""
-    return "-".join(["update", str(param).removeprefix("torch."), str(grad).removeprefix("torch.")])
+def kernel_name(param: torch.dtype, grad: torch.dtype, moments: str) -> str:
+    """What tests call the update kernel of a combination: 'update-float32-bfloat16-8bit'."""
+    return "-".join(["update", str(param).removeprefix("torch."), str(grad).removeprefix("torch."), moments])
 
 
 def gpu_target(name: str) -> GPUTarget:
@@ -58,31 +66,30 @@ class Recorder:
         self.compiled.append(self.kernel.warmup(*arguments, **options))
 
 
-def launch_table(combinations: list[tuple[torch.dtype, torch.dtype]]) -> LaunchTable:
-    """A measured table with one tensor of two chunks for every dtype combination, in the order of the batches."""
+def launch_table(combinations: list[Combination]) -> LaunchTable:
+    """A measured table with one tensor of two chunks for every combination, in the order of the batches."""
     backend = triton_kernels.TritonBackend()
+    numel = 2 * backend.chunk_size
     specs = []
-    for param, grad in combinations:
-        moments = [torch.zeros(2 * backend.chunk_size, dtype=compute_dtype(param)) for _ in range(3)]
+    for param, grad, moments in combinations:
+        # Nothing is launched: what a moment's dtype is does not matter, nor the tensors that only some formats have.
         specs.append(
             TensorSpec(
-                name=kernel_name(param, grad),
-                param=torch.zeros(2 * backend.chunk_size, dtype=param),
+                name=kernel_name(param, grad, moments),
+                param=torch.zeros(numel, dtype=param),
                 grad_dtype=grad,
-                exp_avg=moments[0],
-                exp_avg_sq=moments[1],
-                max_exp_avg_sq=moments[2],
+                exp_avg=torch.zeros(numel, dtype=compute_dtype(param)),
+                exp_avg_sq=torch.zeros(numel, dtype=compute_dtype(param)),
+                max_exp_avg_sq=None,
                 step=torch.zeros(()),
                 hyper=0,
-                amsgrad=True,
-                maximize=False,
-                decoupled=True,
+                moment_format=moments,
             )
         )
     return LaunchTable(CPU, specs, 1, backend, backend.chunk_size, domains=[NormDomain()], measured=True)
 
 
-def compile_all(combinations: list[tuple[torch.dtype, torch.dtype]]) -> dict[str, Any]:
+def compile_all(combinations: list[Combination]) -> dict[str, Any]:
     """What the launcher compiles for a table of these combinations, by name."""
     table = launch_table(combinations)
     originals = {name: getattr(triton_kernels, f"{name}_kernel") for name in [*SINGLE_KERNELS, "update"]}
@@ -94,7 +101,9 @@ def compile_all(combinations: list[tuple[torch.dtype, torch.dtype]]) -> dict[str
     finally:
         for name, kernel in originals.items():
             setattr(triton_kernels, f"{name}_kernel", kernel)
-    names = SINGLE_KERNELS + [kernel_name(batch.param_dtype, batch.grad_dtype) for batch in table.batches]
+    names = SINGLE_KERNELS + [
+        kernel_name(batch.param_dtype, batch.grad_dtype, batch.moment_format) for batch in table.batches
+    ]
     compiled = [kernel for recorder in recorders.values() for kernel in recorder.compiled]
     return dict(zip(names, compiled, strict=True))
 
@@ -113,7 +122,11 @@ def collect(compiled: Any, folder: Path) -> dict[str, Any]:
         return {"amdgcn": compiled.asm["amdgcn"]}
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    return {"ptx": compiled.asm["ptx"], "sass": disassemble(cubin), "resources": resources(cubin)}
+    # There is one kernel in each.
+    (ptx,) = ptx_kernels(compiled.asm["ptx"]).values()
+    (sass,) = sass_kernels(disassemble(cubin)).values()
+    (taken,) = resources(cubin).values()
+    return {"ptx": ptx, "sass": sass, "resources": taken}
 
 
 def main(output: Path, targets: list[str]) -> None:
@@ -125,7 +138,7 @@ def main(output: Path, targets: list[str]) -> None:
         kernels = compile_all(COMBINATIONS)
         # The counterexample: what the tests must be able to see.
         triton_kernels.COMPILE_OPTIONS = {"enable_fp_fusion": True}
-        for name, compiled in compile_all([(torch.float32, torch.float32)]).items():
+        for name, compiled in compile_all([(torch.float32, torch.float32, "float32")]).items():
             kernels[f"contracted-{name}"] = compiled
         with tempfile.TemporaryDirectory() as folder:
             texts = {name: collect(kernel, Path(folder)) for name, kernel in kernels.items()}

@@ -1,12 +1,18 @@
 """Random problems: what one step reads and writes, as torch tensors in guarded memory and as the judge's arrays.
 
 A `Case` is one parameter with its gradient and state. Its tensors lie between rows of sentinel bytes; the same values
-stand beside them as NumPy arrays, which `reference.step_exact` moves on. `check` then compares every stored bit and
-every sentinel. `WholeStep` is the judge of a complete step over parameter groups: norms, decision, update, averages.
+stand beside them as NumPy arrays, which `reference.step_exact` or `reference_formats.step_packed` moves on. `check`
+then compares every stored bit and every sentinel. `WholeStep` is the judge of a complete step over parameter groups:
+norms, decision, update, averages.
+
+Three ways lead to the kernels: `step_lists` through `fused_adamw_`, `Training` through `FusedAdamW`, and `Launch`
+through a launch plan, which takes any storage format at any size, chunk and shard.
 """
 
 import dataclasses
 import itertools
+import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +31,7 @@ from reference import (
     load,
     norm_chunks,
     norm_partials,
+    random_bits,
     random_key,
     random_words,
     step_count_after,
@@ -32,9 +39,12 @@ from reference import (
     store,
     total,
 )
+from reference_formats import FIRST_SCALE, GROUP, load_weight, step_packed
 
-from adamw_kernels import FusedAdamW, fused_adamw_
+from adamw_kernels import FusedAdamW, backends, formats, fused_adamw_
 from adamw_kernels.control import DECISION_NORM
+from adamw_kernels.functional import grad_address
+from adamw_kernels.launch_table import LaunchPlan, TensorSpec
 
 TORCH_DTYPE = {
     "float32": torch.float32,
@@ -42,6 +52,9 @@ TORCH_DTYPE = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+
+# What state tensors may be besides.
+STATE_DTYPE = TORCH_DTYPE | {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16}
 
 # A parameter's dtype and its gradient's: the parameter's own, or any of float32, bfloat16, float16.
 DTYPE_PAIRS = [
@@ -58,6 +71,12 @@ HYPER = dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
+# State that is not of its parameter's shape: words of 16 neighbours, and a scalar.
+UNSHAPED = ("moment_groups", "exp_avg_sq_scale")
+
+# What a group of `Training` has unless it says otherwise; an optimizer's own default splits 16-bit weights.
+NATIVE_FORMATS: dict[str, Any] = dict(param_format="native")
+
 
 # --- one dtype's bits, in NumPy and in torch ------------------------------------------------------------------------
 
@@ -70,7 +89,7 @@ def stored(tensor: torch.Tensor) -> np.ndarray:
 
 def as_tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
     """Return a contiguous CPU tensor with the stored values of an array."""
-    return torch.from_numpy(np.ascontiguousarray(array).copy()).view(TORCH_DTYPE[dtype]).reshape(array.shape)
+    return torch.from_numpy(np.ascontiguousarray(array).copy()).view(STATE_DTYPE[dtype]).reshape(array.shape)
 
 
 def assert_same_bits(got: np.ndarray, expected: np.ndarray, dtype: str, what: str) -> None:
@@ -145,7 +164,7 @@ class Guarded:
             offset: elements past a 64-byte boundary.
         """
         self.dtype = dtype
-        itemsize = TORCH_DTYPE[dtype].itemsize
+        itemsize = STATE_DTYPE[dtype].itemsize
         if strides is None:
             strides = torch.empty(shape, device="meta").stride()
         span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
@@ -155,7 +174,7 @@ class Guarded:
         total = -(-(self._end + GUARD_BYTES) // 8) * 8
         self.memory = torch.full((total,), SENTINEL, dtype=torch.uint8, device=device)
         assert self.memory.data_ptr() % GUARD_BYTES == 0
-        self.tensor = self.memory.view(TORCH_DTYPE[dtype]).as_strided(shape, strides, self._begin // itemsize)
+        self.tensor = self.memory.view(STATE_DTYPE[dtype]).as_strided(shape, strides, self._begin // itemsize)
 
     def write(self, array: np.ndarray) -> None:
         """Store the values of an array."""
@@ -178,6 +197,9 @@ class Case:
     Attributes:
         ema_format: "float32" or "bfloat16" where the state holds an average of the weights, else None.
         has_grad: whether `Training` and `WholeStep` let the parameter have its gradient.
+        param_format: how the weight is stored; "native" unless it is in 16 bits.
+        moment_format: how the moments are stored; in "8bit" they are codes, whatever the parameter's size.
+        first_element: index of the parameter's first element in the whole of which it is a shard.
     """
 
     param_dtype: str
@@ -186,18 +208,34 @@ class Case:
     arrays: dict[str, np.ndarray]
     ema_format: str | None = None
     has_grad: bool = True
+    param_format: str = "native"
+    moment_format: str = "float32"
+    first_element: int = 0
 
     @property
     def dtypes(self) -> dict[str, str]:
         """The storage dtype of each of the case's tensors."""
-        moment = np.dtype(compute_dtype(self.param_dtype)).name
+        wide = np.dtype(compute_dtype(self.param_dtype)).name
+        moment = "bfloat16" if self.moment_format == "bfloat16" else wide
         dtypes = dict(param=self.param_dtype, grad=self.grad_dtype, step="float32") | dict.fromkeys(MOMENTS, moment)
+        if self.moment_format == "8bit":
+            del dtypes["max_exp_avg_sq"]
+            dtypes |= dict(exp_avg="int8", exp_avg_sq="uint8", moment_groups="int16", exp_avg_sq_scale="float32")
+        if self.param_format in ("split24", "split32"):
+            dtypes["param_remainder"] = "int8" if self.param_format == "split24" else "int16"
         if self.ema_format is not None:
-            dtypes["param_ema"] = "bfloat16" if self.ema_format == "bfloat16" else moment
+            dtypes["param_ema"] = "bfloat16" if self.ema_format == "bfloat16" else wide
         return dtypes
 
+    def shape_of(self, key: str) -> tuple[int, ...]:
+        """The shape of the tensor called `key`: the parameter's, but for scalars and the words of 16 neighbours."""
+        shape = tuple(self["param"].shape)
+        if key == "moment_groups":
+            return (-(-math.prod(shape) // GROUP),)
+        return () if key in ("step", *UNSHAPED) else shape
+
     def __getitem__(self, key: str) -> torch.Tensor:
-        """The tensor called `key`: param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step or param_ema."""
+        """The tensor called `key`: param, grad or one of the state."""
         return self.tensors[key].tensor
 
     def write(self, key: str, array: np.ndarray) -> None:
@@ -222,11 +260,47 @@ class Case:
         flat[np.ravel(self.memory_positions())] = np.ravel(self.arrays["grad"])
         return flat
 
-    def judge(self, hyper: Mapping[str, float], flags: Mapping[str, bool], **clipping: Any) -> None:
-        """Let the judge take the step. `clipping`: `step_exact`'s inv_scale, norm, max_grad_norm."""
+    def start_anew(self) -> None:
+        """Give the state the values that it has before the first step."""
+        for key in self.dtypes.keys() - {"param", "grad", "param_ema"}:
+            self.write(key, np.zeros_like(self.arrays[key]))
+        if self.moment_format == "8bit":
+            self.write("exp_avg_sq_scale", np.array(FIRST_SCALE))
+
+    def weights(self) -> np.ndarray:
+        """Return the judge's weights as they are remembered: in the compute dtype, split ones merged."""
+        remainder = self.arrays.get("param_remainder")
+        return load_weight(self.arrays["param"], remainder, self.param_dtype, self.param_format)
+
+    def judge(
+        self,
+        hyper: Mapping[str, float],
+        flags: Mapping[str, bool],
+        seed: int = 0,
+        position: int = 0,
+        update_bound: float | str | None = "auto",
+        **clipping: Any,
+    ) -> None:
+        """Let the judge take the step.
+
+        Args:
+            hyper: lr, beta1, beta2, eps, weight_decay.
+            flags: of `step_exact`.
+            seed: of the random bits.
+            position: of the parameter, over all groups.
+            update_bound: of `FusedAdamW`: "auto" bounds what is computed from rounded moments alone.
+            clipping: `step_exact`'s inv_scale, norm, max_grad_norm.
+        """
         a = self.arrays
         step = step_count_after(np.float32(a["step"]))
         a["step"] = np.array(step, dtype=np.float32)
+        if update_bound == "auto" and self.moment_format == "float32":
+            update_bound = None
+        options = dict(**hyper, **flags, **clipping, update_bound=update_bound)
+        options |= dict(param_dtype=self.param_dtype, grad_dtype=self.grad_dtype)
+        if (self.param_format, self.moment_format) != ("native", "float32"):
+            self._judge_packed(int(step), random_key(seed, position, int(step)), options)
+            return
         a["param"], a["exp_avg"], a["exp_avg_sq"], a["max_exp_avg_sq"] = step_exact(
             a["param"],
             a["grad"],
@@ -234,32 +308,48 @@ class Case:
             a["exp_avg_sq"],
             a["max_exp_avg_sq"],
             int(step),
-            param_dtype=self.param_dtype,
-            grad_dtype=self.grad_dtype,
-            **hyper,
-            **flags,
-            **clipping,
+            **options,
         )
+
+    def _judge_packed(self, t: int, key: int, options: dict[str, Any]) -> None:
+        positions = self.memory_positions()
+        shaped = [name for name in self.dtypes if name not in ("step", "param_ema", *UNSHAPED)]
+        state = dict(self.arrays)
+        for name in shaped:
+            state[name] = np.empty_like(self.arrays[name], shape=positions.size)
+            state[name][np.ravel(positions)] = np.ravel(self.arrays[name])
+        after = step_packed(
+            state,
+            state["grad"],
+            t,
+            random_bits(key, self.first_element + np.arange(positions.size)),
+            param_format=self.param_format,
+            moment_format=self.moment_format,
+            **options,
+        )
+        self.arrays |= {name: array[positions] if name in shaped else array for name, array in after.items()}
 
     def judge_average(self, ema_decay: float, ema_warmup: bool, seed: int, position: int) -> None:
         """Let the judge's new weights enter the average. `position`: the parameter's, over all groups."""
         a, t = self.arrays, int(self.arrays["step"])
         in_bfloat16 = self.ema_format == "bfloat16"
+        indices = self.first_element + self.memory_positions()
         a["param_ema"] = ema_exact(
             a["param_ema"],
-            a["param"],
+            self.weights(),
             compute_dtype(self.param_dtype)(ema_weight(t, ema_decay, ema_warmup)),
-            self.param_dtype,
+            np.dtype(compute_dtype(self.param_dtype)).name,
             self.dtypes["param_ema"],
-            random_words(random_key(seed, position, t), self.memory_positions()) if in_bfloat16 else None,
+            random_words(random_key(seed, position, t), indices) if in_bfloat16 else None,
         )
 
     def check(self, what: str) -> None:
         """Compare every tensor, the gradient and the unused maximum among them, with the judge's arrays."""
-        shape = self.arrays["param"].shape
+        shape, formats = self.arrays["param"].shape, f"{self.param_format} {self.param_dtype}"
         for key, tensor in self.tensors.items():
             tensor.check(
-                self.arrays[key], f"{what}: {key} of a {self.param_dtype} {shape} with a {self.grad_dtype} gradient"
+                self.arrays[key],
+                f"{what}: {key} of a {formats} {shape} with a {self.grad_dtype} gradient, moments {self.moment_format}",
             )
 
 
@@ -275,6 +365,9 @@ def make_case(
     strides: tuple[int, ...] | None = None,
     offsets: Mapping[str, int] | None = None,
     ema_format: str | None = None,
+    param_format: str = "native",
+    moment_format: str = "float32",
+    first_element: int = 0,
 ) -> Case:
     """Return a case in the middle of training: random weights, gradient and moments.
 
@@ -289,22 +382,38 @@ def make_case(
         strides: of every tensor, in elements; contiguous by default.
         offsets: elements past a 64-byte boundary at which a tensor starts, by its name.
         ema_format: of the average of the weights, or None: there is none.
+        param_format: how the weight is stored.
+        moment_format: how the moments are stored.
+        first_element: index of the first element in the whole tensor.
     """
-    case = Case(param_dtype, grad_dtype, {}, {}, ema_format)
+    case = Case(param_dtype, grad_dtype, {}, {}, ema_format, True, param_format, moment_format, first_element)
     for key, dtype in case.dtypes.items():
-        if key == "step":
-            case.tensors[key] = Guarded((), dtype, device)
-            case.write(key, np.array(steps_taken, dtype=np.float32))
+        if key in ("step", *UNSHAPED):
+            whole = case.shape_of(key)
+            case.tensors[key] = Guarded(whole, dtype, device, offset=(offsets or {}).get(key, 0))
+            case.write(key, np.array(steps_taken, np.float32) if key == "step" else any_scaling(rng, whole, key))
             continue
         case.tensors[key] = Guarded(shape, dtype, device, strides=strides, offset=(offsets or {}).get(key, 0))
-        if special:
+        if "int" in dtype:  # any code: 0, and -128 for a first moment that was not finite, among them
+            info = np.iinfo(ARRAY_DTYPE[dtype])
+            array = rng.integers(info.min, info.max, shape, ARRAY_DTYPE[dtype], endpoint=True)
+        elif special:
             array = special_values(rng, shape, dtype)
         elif key.endswith("_sq"):
-            array = np.abs(ordinary_values(rng, shape, dtype, scale=1e-2))
+            values = load(ordinary_values(rng, shape, dtype, scale=1e-2), dtype, compute_dtype(dtype))
+            array = store(np.abs(values), dtype)
         else:
             array = ordinary_values(rng, shape, dtype)
         case.write(key, array)
     return case
+
+
+def any_scaling(rng: np.random.Generator, shape: tuple[int, ...], key: str) -> np.ndarray:
+    """Return what 8-bit moments keep beside the codes: a scale, or words of groups whose v lies about 1e-4."""
+    if key == "exp_avg_sq_scale":
+        return np.array(FIRST_SCALE * np.float32(rng.uniform(1, 2)), np.float32)
+    words = rng.integers(120, 140, shape) << 8 | rng.integers(0, 256, shape)
+    return words.astype(np.uint16).view(np.int16)
 
 
 def check_all(cases: Iterable[Case], what: str) -> None:
@@ -313,7 +422,7 @@ def check_all(cases: Iterable[Case], what: str) -> None:
         case.check(f"{what}, tensor {i}")
 
 
-# --- the two ways in ------------------------------------------------------------------------------------------------
+# --- the ways in ---------------------------------------------------------------------------------------------------
 
 
 def update_lists(
@@ -357,13 +466,101 @@ def judge_all(cases: Iterable[Case], hyper: Mapping[str, Any], flags: Mapping[st
         case.judge(values, flags)
 
 
+class Launch:
+    """A launch plan over cases, any formats at any sizes, and the judge beside it."""
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        hyper: Mapping[str, float] = HYPER,
+        flags: Mapping[str, bool] = PLAIN,
+        *,
+        update_bound: float | str | None = "auto",
+        ema_decay: float | None = None,
+        seed: int = 0,
+        positions: Sequence[int] | None = None,
+        chunk_size: int | None = None,
+    ) -> None:
+        """Build the plan; no step is taken.
+
+        Args:
+            cases: what to update.
+            hyper: lr, beta1, beta2, eps, weight_decay.
+            flags: of `reference.adamw_exact`: amsgrad, maximize, decoupled, cautious, cautious_weight_decay.
+            update_bound: of `FusedAdamW`.
+            ema_decay: of the cases that have an average.
+            seed: of the random bits.
+            positions: of the parameters in their optimizer; by default those among the cases.
+            chunk_size: elements a chunk, instead of the backend's own choice.
+        """
+        self.cases = cases
+        self.hyper, self.flags = hyper, flags
+        self.update_bound, self.ema_decay, self.seed = update_bound, ema_decay, seed
+        self.positions = range(len(cases)) if positions is None else positions
+        specs = [self._spec(case, position) for case, position in zip(cases, self.positions, strict=True)]
+        self.plan = LaunchPlan(specs, 1, backends.choose, chunk_size)
+        values = [hyper[key] for key in ("lr", "beta1", "beta2", "eps", "weight_decay")]
+        self.plan.hypers.write_all([*values, None, ema_decay])
+
+    def _spec(self, case: Case, position: int) -> TensorSpec:
+        bound = self.update_bound
+        if bound == "auto":
+            bound = None if case.moment_format == "float32" else -1.0
+        state = {key: case[key] for key in case.tensors}
+        return TensorSpec(
+            name=f"case {position}",
+            param=state["param"],
+            grad_dtype=state["grad"].dtype,
+            exp_avg=state["exp_avg"],
+            exp_avg_sq=state["exp_avg_sq"],
+            max_exp_avg_sq=state.get("max_exp_avg_sq") if self.flags["amsgrad"] else None,
+            step=state["step"],
+            hyper=0,
+            amsgrad=self.flags["amsgrad"],
+            maximize=self.flags["maximize"],
+            decoupled=self.flags["decoupled"],
+            cautious=self.flags.get("cautious", False),
+            cautious_decay=self.flags.get("cautious_weight_decay", False),
+            ema=None if self.ema_decay is None else state.get("param_ema"),
+            random_stream=formats.random_stream(self.seed, position),
+            param_format=case.param_format,
+            moment_format=case.moment_format,
+            remainder=state.get("param_remainder"),
+            groups=state.get("moment_groups"),
+            scale=state.get("exp_avg_sq_scale"),
+            first_element=case.first_element,
+            update_bound=math.inf if bound is None else bound,
+        )
+
+    def run(self) -> None:
+        """One step of the kernels; the judge stands still."""
+        self.plan.write_grads([grad_address(case["grad"]) if case.has_grad else 0 for case in self.cases])
+        self.plan.launch()
+
+    def judge(self) -> None:
+        """One step of the judge."""
+        for case, position in zip(self.cases, self.positions, strict=True):
+            if not case.has_grad:
+                continue
+            case.judge(self.hyper, self.flags, self.seed, position, self.update_bound)
+            if case.ema_format is not None and self.ema_decay is not None:
+                case.judge_average(self.ema_decay, False, self.seed, position)
+
+    def step(self) -> None:
+        """One step of both."""
+        self.run()
+        self.judge()
+
+
 @dataclasses.dataclass
 class Group:
     """The cases of one parameter group and its options.
 
     Attributes:
         flags: those of `reference.adamw_exact`: amsgrad, maximize, decoupled, cautious, cautious_weight_decay.
-        options: any of max_grad_norm, ema_decay, ema_warmup, ema_format.
+        options: any of max_grad_norm, ema_decay, ema_warmup, ema_format, update_bound, param_format, moment_format.
+            Weights are native and moments exact unless an option says otherwise; cases are in the format that the
+            optimizer makes of it.
     """
 
     cases: list[Case]
@@ -440,6 +637,9 @@ class WholeStep:
                     case.judge(
                         hyper,
                         group.flags,
+                        self.seed,
+                        position,
+                        group.options.get("update_bound", "auto"),
                         inv_scale=decision.inv_scale,
                         norm=decision.norms[index if self.clip_per_group else 0],
                         max_grad_norm=number(group.options.get("max_grad_norm")),
@@ -467,15 +667,15 @@ class Training:
         for group, params in zip(groups, self.params, strict=True):
             hyper = dict(group.hyper)
             hyper["betas"] = (hyper.pop("beta1"), hyper.pop("beta2"))
-            of_groups.append(dict(params=params, **hyper, **group.flags, **group.options))
-        self.optimizer = FusedAdamW(of_groups, fused=fused, **options)
+            of_groups.append(dict(params=params, **hyper, **group.flags, **{**NATIVE_FORMATS, **group.options}))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="param_format='native'")  # of what native 16-bit weights lose
+            self.optimizer = FusedAdamW(of_groups, fused=fused, **options)
         for p, case, group in self:
             if case["grad"].dtype != p.dtype:
                 p.grad_dtype = None  # any dtype
-            keys = ("step", *MOMENTS) if group.flags["amsgrad"] else ("step", *MOMENTS[:2])
-            if case.ema_format is not None:
-                keys = (*keys, "param_ema")
-            self.optimizer.state[p] = {key: case[key] for key in keys}
+            unused = {"param", "grad"} if group.flags["amsgrad"] else {"param", "grad", "max_exp_avg_sq"}
+            self.optimizer.state[p] = {key: case[key] for key in case.tensors if key not in unused}
         self.give_grads()
 
     def __iter__(self) -> Any:
@@ -545,11 +745,15 @@ class Training:
 # --- drawn by hypothesis --------------------------------------------------------------------------------------------
 
 
+def is_interpreted(path: Path) -> bool:
+    """Whether a step takes tens of milliseconds."""
+    return path.backend == "triton" and path.device.type == "cpu"
+
+
 def explore(path: Path, native_examples: int) -> settings:
-    """Return the same examples on every run; fewer under the interpreter, which takes tens of milliseconds a step."""
-    interpreted = path.backend == "triton" and path.device.type == "cpu"
+    """Return the same examples on every run; fewer under the interpreter."""
     return settings(
-        max_examples=native_examples // 5 if interpreted else native_examples,
+        max_examples=native_examples // 5 if is_interpreted(path) else native_examples,
         derandomize=True,
         deadline=None,
         phases=[Phase.explicit, Phase.generate, Phase.shrink],

@@ -6,7 +6,8 @@ Two spellings, for two questions:
 * `coefficients`, `adamw_exact` and `step_exact` are the sequence of `csrc/rule.h`, operation by operation; so are
   `norm_partials`, `total` and `decide` for what precedes the update, and `ema_exact` for what follows it. They
   answer: the same bits? NumPy rounds every `+ - * / sqrt` to the array's dtype and never contracts two into one, so
-  its result is what IEEE-754 prescribes.
+  its result is what IEEE-754 prescribes. Weights and moments that are stored in parts or as codes are
+  `reference_formats.py`'s.
 
 Storage. A dtype is named 'float32', 'float64', 'float16' or 'bfloat16'. NumPy has no bfloat16, so those arrays hold
 the raw bits as `np.uint16`. float16 arrays are plain `np.float16`. Both are what a torch tensor hands over without a
@@ -31,6 +32,9 @@ ARRAY_DTYPE = {
     "float64": np.dtype(np.float64),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(np.uint16),
+    "int8": np.dtype(np.int8),
+    "uint8": np.dtype(np.uint8),
+    "int16": np.dtype(np.int16),
 }
 
 # A gradient's squares are summed in this many lanes within chunks of this many elements, whatever the machine.
@@ -129,6 +133,7 @@ class Coefficients(NamedTuple):
     scale: np.floating[Any]  # multiplies the gradient: inverse loss scale times clipping, negated to maximize
     l2: np.floating[Any]  # weight_decay for L2, else 0
     ema: np.floating[Any] = np.float32(0)  # what of the new weight enters the average; 0 without an EMA
+    bound: np.floating[Any] = np.float32(np.inf)  # of the update: lr times update_bound; infinity without one
 
 
 def integer_power(base: float, exponent: int) -> np.float64:
@@ -159,6 +164,7 @@ def coefficients(
     max_grad_norm: float | None = None,
     ema_decay: float | None = None,
     ema_warmup: bool = False,
+    update_bound: float | str | None = None,
 ) -> Coefficients:
     """Return step t's coefficients: computed in float64, then rounded once to `compute`.
 
@@ -177,6 +183,7 @@ def coefficients(
         max_grad_norm: clip to this norm, or None.
         ema_decay: share of the average that stays, or None without an EMA.
         ema_warmup: average faster in the first steps: the decay is at most (1 + t) / (10 + t).
+        update_bound: |m_hat| / sqrt(v_hat) at most; "auto": what exact moments cannot exceed; None: any.
     """
     one = np.float64(1.0)
     lr, beta1, beta2, eps, weight_decay = (np.float64(x) for x in (lr, beta1, beta2, eps, weight_decay))
@@ -192,7 +199,31 @@ def coefficients(
             scale=compute(-scale if maximize else scale),
             l2=compute(0.0 if decoupled else weight_decay),
             ema=compute(ema_weight(t, ema_decay, ema_warmup)),
+            bound=compute(np.inf if update_bound is None else np.abs(lr) * _as_number(update_bound, beta1, beta2, t)),
         )
+
+
+def _as_number(update_bound: float | str, beta1: np.float64, beta2: np.float64, t: int) -> np.float64:
+    return largest_update(t, beta1, beta2) if update_bound == "auto" else np.float64(update_bound)
+
+
+def largest_update(t: int, beta1: float, beta2: float) -> np.float64:
+    """Return what |m_hat| / sqrt(v_hat) cannot exceed after t gradients, and a thousandth more for rounding.
+
+    By Cauchy-Schwarz: m is a sum of (1 - beta1) beta1^k g_k, v one of (1 - beta2) beta2^k g_k^2, and their quotient is
+    largest where g_k grows like (beta1 / beta2)^k. The sum of q^k, q = beta1^2 / beta2, is t where q is 1.
+    """
+    one, beta1, beta2 = np.float64(1.0), np.float64(beta1), np.float64(beta2)
+    with np.errstate(all="ignore"):
+        q = (beta1 * beta1) / beta2
+        one_minus_q = one - q
+        if one_minus_q < 1e-10 and one_minus_q > -1e-10:
+            geometric = np.float64(t)
+        else:
+            geometric = (one - integer_power(q, t)) / one_minus_q
+        first = (one - beta1) / (one - integer_power(beta1, t))
+        second = (one - integer_power(beta2, t)) / (one - beta2)
+        return first * np.sqrt(second * geometric) * np.float64(1.001)
 
 
 def clip_coefficient(norm: float | None, max_grad_norm: float | None) -> np.float64:
@@ -274,6 +305,8 @@ def adamw_exact(
             s = v_max
         d = np.sqrt(s) * c.inv_sqrt_bc2 + c.eps
         u = (c.step_size * m) / d
+        u = np.where(u > c.bound, c.bound, u)
+        u = np.where(u < -c.bound, -c.bound, u)
         if cautious:
             u = np.where(((m > 0) & (g <= 0)) | ((m < 0) & (g >= 0)), np.zeros_like(u), u)
         r = c.decay * p
@@ -371,6 +404,7 @@ def step_exact(
     inv_scale: float = 1.0,
     norm: float | None = None,
     max_grad_norm: float | None = None,
+    update_bound: float | str | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
     """Return the stored (p, m, v, v_max) after step `t`, bit for bit what every backend must store.
 
@@ -398,6 +432,7 @@ def step_exact(
         inv_scale: 1 / the loss scale, of `decide`.
         norm: norm of the unscaled gradients, of `decide`; read only for clipping.
         max_grad_norm: clip to this norm, or None.
+        update_bound: of `coefficients`.
 
     Raises:
         TypeError: an array is not of the NumPy dtype that its storage dtype asks for.
@@ -417,6 +452,7 @@ def step_exact(
         inv_scale=inv_scale,
         norm=norm,
         max_grad_norm=max_grad_norm,
+        update_bound=update_bound,
     )
     p, m, v, v_max = adamw_exact(
         load(p, param_dtype, compute),
@@ -635,7 +671,12 @@ def mix(z: int) -> int:
 
 
 def random_words(key: int, indices: np.ndarray) -> np.ndarray:
-    """Return one uint32 word an element.
+    """Return an element's first word: its lower half rounds an average, its upper half a weight. Arguments below."""
+    return random_bits(key, indices)[0]
+
+
+def random_bits(key: int, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return two uint32 words an element; the second one's lower half rounds a first moment, its upper half a second.
 
     Args:
         key: of `random_key`. Its upper half enters the counter: Philox2x32 has a 32-bit key.
@@ -644,7 +685,7 @@ def random_words(key: int, indices: np.ndarray) -> np.ndarray:
     indices = np.asarray(indices).astype(np.uint64)
     low = (indices & np.uint64(0xFFFFFFFF)).astype(np.uint32)
     high = (indices >> np.uint64(32)).astype(np.uint32) ^ np.uint32(key >> 32)
-    return philox2x32(low, high, key & 0xFFFFFFFF)[0]
+    return philox2x32(low, high, key & 0xFFFFFFFF)
 
 
 def philox2x32(c0: np.ndarray, c1: np.ndarray, key: int) -> tuple[np.ndarray, np.ndarray]:

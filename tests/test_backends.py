@@ -15,6 +15,9 @@ import adamw_kernels
 from adamw_kernels import BackendUnavailableError, FusedAdamW, backends, launch_table
 from adamw_kernels.backends import BACKENDS, CpuBackend, _has_code_for, choose, choose_isa, survey, why_not
 
+# The interpreter computes with NumPy, which warns of what masked lanes hold.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
 CUDA = torch.device("cuda", 0)
 VARIABLES = (backends.BACKEND_VARIABLE, backends.ISA_VARIABLE, "TRITON_INTERPRET")
 

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,12 +34,21 @@ ROOT = Path(__file__).parents[1]
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120"]
 
-BYTES = {"float": 4, "bf16": 2, "fp16": 2, "double": 8}
+BYTES = {"float": 4, "bf16": 2, "fp16": 2, "double": 8, "8bit": 1}
+# Dtypes of parameter, gradient and moments.
 UPDATES = {
-    f"update_kernel<{param}, {grad}>": (param, grad)
-    for param in BYTES
-    for grad in BYTES
-    if grad != "double" or param == "double"
+    **{
+        f"update_kernel<{param}, {grad}, {moment}>": (param, grad, moment)
+        for param in ("float", "bf16", "fp16", "double")
+        for grad in ("float", "bf16", "fp16", "double")
+        for moment in ("float", "bf16", "double")
+        if (moment == "double" if param == "double" else "double" not in (grad, moment))
+    },
+    **{
+        f"update8_kernel<{param}, {grad}>": (param, grad, "8bit")
+        for param in ("float", "bf16", "fp16")
+        for grad in ("float", "bf16", "fp16")
+    },
 }
 # The kernels that work in float64 whatever the tensors' dtype, and the arithmetic that each consists of.
 SINGLE_KERNELS = {
@@ -49,17 +59,19 @@ SINGLE_KERNELS = {
 }
 KERNELS = [*SINGLE_KERNELS, *UPDATES]
 # Beside float64, whose average is never bfloat16, there is nothing to round stochastically.
-UPDATES_OF_FLOAT32 = [name for name, (param, _) in UPDATES.items() if param != "double"]
+UPDATES_OF_FLOAT32 = [name for name, (param, *_) in UPDATES.items() if param != "double"]
 
 # Registers a thread, at most; a block is 256 threads. Measured with CUDA 13.0: sm_80 and sm_90; sm_100 and sm_120
 MAX_REGISTERS = {
     "measure_kernel": 40,  # 6 blocks a multiprocessor: 32; 30 to 36
     "sum_up_kernel": 40,  # 32; 32 to 36
     "decide_kernel": 40,  # one thread: 32 to 36; 30 to 32
-    "prepare_kernel": 48,  # 48; 48
-    "float": 48,  # float32 throughout, 5 blocks, the kernel's own launch bound: 45; 45 to 46
-    "16-bit": 64,  # any 16-bit operand, 4 blocks, likewise: 59 to 60; 59 to 63
-    "double": 64,  # 4 blocks: 58 to 64; 56 to 64
+    "prepare_kernel": 64,  # 52; 54 to 56
+    "float": 48,  # float32 weights and gradients, 5 blocks, the kernel's own launch bound: 45; 45 to 48
+    "16-bit": 64,  # any 16-bit operand, 4 blocks, likewise: 59 to 64; 58 to 64
+    "mixed": 80,  # eight elements of float32 weights and moments at once, 3 blocks, likewise: 74; 77
+    "8bit": 128,  # moments in 8 bits, 2 blocks, likewise: 120 to 127; 123 to 127
+    "double": 80,  # 3 blocks: 60 to 66; 52 to 72
 }
 
 
@@ -67,8 +79,12 @@ def register_bound(kernel: str) -> int:
     """The entry of MAX_REGISTERS for a kernel."""
     if kernel not in UPDATES:
         return MAX_REGISTERS[kernel]
-    param, grad = UPDATES[kernel]
-    return MAX_REGISTERS[param if param == "double" or {param, grad} == {"float"} else "16-bit"]
+    param, grad, moment = UPDATES[kernel]
+    if param == "double" or moment == "8bit":
+        return MAX_REGISTERS[moment]
+    if param == grad == "float":
+        return MAX_REGISTERS["float"]
+    return MAX_REGISTERS["mixed" if param == moment == "float" else "16-bit"]
 
 
 @dataclass
@@ -139,13 +155,16 @@ def kernels(request: pytest.FixtureRequest, compiled: dict[str, dict[str, Kernel
 
 
 def elements_per_thread(kernel: str) -> int:
-    """How many elements a thread holds at a time: 16 bytes of the narrowest operand, or of float64 parameters."""
-    param, grad = UPDATES[kernel]
-    return 2 if param == "double" else 16 // min(BYTES[param], BYTES[grad])
+    """How many elements a thread holds at a time.
+
+    16 bytes of the narrower of weight and gradient, or of float64 weights; half a group of 8-bit moments.
+    """
+    param, grad, moment = UPDATES[kernel]
+    return 2 if param == "double" else 8 if moment == "8bit" else 16 // min(BYTES[param], BYTES[grad])
 
 
 def test_every_kernel_was_compiled(compiled: dict[str, dict[str, Kernel]]) -> None:
-    """On every architecture there is one update for each dtype combination, one of the others, and nothing else."""
+    """On every architecture: one update for each combination of dtypes and moments, one of the others, nothing else."""
     for architecture, kernels in compiled.items():
         assert set(kernels) == set(KERNELS), architecture
 
@@ -165,31 +184,45 @@ def test_registers_stay_under_their_bound(kernels: dict[str, Kernel], name: str)
     assert 0 < kernels[name].resources["REG"] <= register_bound(name)
 
 
+def vector_accesses(name: str) -> tuple[Counter[int], Counter[int]]:
+    """Loads and stores that the vector path of an update consists of, by their bytes."""
+    param, grad, moment = UPDATES[name]
+    elements = elements_per_thread(name)
+    compute = max(BYTES[param], 4)
+    sixteen_bits = BYTES[param] == 2
+    # m, v and, where moments are wide, v_max.
+    moments = [BYTES[moment]] * (3 if moment in ("float", "double") else 2)
+    averages = [compute] if param == "double" else [compute, BYTES["bf16"]]
+    remainders = [1, 2] if sixteen_bits else []
+    # For the average, remainders are read again; so is the weight, where codes of moments are stored in between.
+    again = [*remainders, *([BYTES[param]] if sixteen_bits and moment == "8bit" else [])]
+    loads = [BYTES[param], BYTES[grad], *moments, *averages, *remainders, *again]
+    stores = [BYTES[param], *remainders, *moments, *averages]
+    return accesses(elements, loads), accesses(elements, stores)
+
+
+def accesses(elements: int, operands: list[int]) -> Counter[int]:
+    """Accesses by their bytes, of `elements` of each operand: 16 bytes at a time, or all of it where that is less."""
+    result: Counter[int] = Counter()
+    for num_bytes in (elements * size for size in operands):
+        result[min(num_bytes, 16)] += max(num_bytes // 16, 1)
+    return result
+
+
 @pytest.mark.parametrize("name", UPDATES)
 def test_aligned_path_moves_16_bytes_at_a_time(kernels: dict[str, Kernel], name: str) -> None:
     """Every operand is loaded and stored by 16-byte instructions, in PTX and still in SASS.
 
-    What has fewer bytes in as many elements moves at once: a narrower gradient beside float64, and a bfloat16 average
-    where no other operand is of 16 bits. The average has code of its own for either format.
+    What has fewer bytes in as many elements moves at once: codes of moments, int8 remainders, a narrower gradient
+    beside float64, and bfloat16 beside float32 throughout. Every format has code of its own.
     """
     kernel = kernels[name]
-    param, grad = UPDATES[name]
-    elements = elements_per_thread(name)
-    compute = max(BYTES[param], 4)
-    written = [BYTES[param], *[compute] * 3, compute]  # p, m, v, v_max, average
-    assert all(elements * size >= 16 for size in written)
-    if param != "double":
-        written.append(BYTES["bf16"])
-    stores = sum(elements * size // 16 for size in written)
-    loads = stores + elements * BYTES[grad] // 16
-    assert ptx_vector_accesses(kernel.ptx, "ld") == loads
-    assert ptx_vector_accesses(kernel.ptx, "st") == stores
-    assert sass_accesses(kernel.sass, "LDG") >= loads
-    assert sass_accesses(kernel.sass, "STG") >= stores
-    narrow_averages = int((param, grad) == ("float", "float"))
-    narrow_grads = int((param, grad) == ("double", "float"))
-    assert ptx_vector_accesses(kernel.ptx, "ld", 8) == narrow_averages + narrow_grads
-    assert ptx_vector_accesses(kernel.ptx, "st", 8) == narrow_averages
+    loads, stores = vector_accesses(name)
+    for num_bytes in (8, 16):
+        assert ptx_vector_accesses(kernel.ptx, "ld", num_bytes) == loads[num_bytes]
+        assert ptx_vector_accesses(kernel.ptx, "st", num_bytes) == stores[num_bytes]
+        assert sass_accesses(kernel.sass, "LDG", num_bytes) >= loads[num_bytes]
+        assert sass_accesses(kernel.sass, "STG", num_bytes) >= stores[num_bytes]
 
 
 def test_measure_reads_full_rows_at_once(kernels: dict[str, Kernel]) -> None:
@@ -237,11 +270,20 @@ def test_update_has_no_float64(kernels: dict[str, Kernel], name: str) -> None:
 @pytest.mark.parametrize("name", UPDATES_OF_FLOAT32)
 def test_random_words_take_one_product_a_round(kernels: dict[str, Kernel], name: str) -> None:
     """A Philox round's 32 x 32 -> 64 bit product is one instruction, not the three of a product of 64-bit integers."""
-    rounds = 7 * (elements_per_thread(name) + 1)  # whole vectors, and one by one
+    param, _, moment = UPDATES[name]
+    elements = elements_per_thread(name) + 1  # whole vectors, and one by one
+    for_average = 7 * elements
+    # Of what moments alone need, the last round gives the lower half of its product: six, and a product of 32 bits.
+    for_moments = 0 if moment == "float" and param == "float" else (7 if BYTES[param] == 2 else 6) * elements
     products, parts = sass_wide_products(kernels[name].sass)
-    # The address of a chunk's row, and such, are a few more.
-    assert rounds <= products <= rounds + 4
-    assert parts <= 4
+    rounds = for_average + for_moments
+    # The address of a chunk's row, and such, are a few more; the division of 8-bit moments' codebooks, and positions
+    # in them, another few.
+    assert rounds <= products <= rounds + (16 if moment == "8bit" else 4)
+    if moment != "8bit":
+        # And an int8 remainder is multiplied up, for the weight and for the average.
+        others = 2 * elements if BYTES[param] == 2 else elements if for_moments else 0
+        assert parts <= 4 + others
 
 
 def test_contraction_would_be_noticed(tmp_path: Path) -> None:
@@ -251,5 +293,5 @@ def test_contraction_would_be_noticed(tmp_path: Path) -> None:
     subprocess.run(command, check=True, capture_output=True)
     by_name = ptx_kernels(ptx.read_text())
     opcodes = dict(zip(demangle(list(by_name)), by_name.values(), strict=True))
-    assert "fma.rn.f32" in outside_ieee(opcodes["update_kernel<float, float>"])
+    assert "fma.rn.f32" in outside_ieee(opcodes["update_kernel<float, float, float>"])
     assert "fma.rn.f64" in outside_ieee(opcodes["measure_kernel"])

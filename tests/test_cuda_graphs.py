@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CPU, HAS_GPU
-from pairs import Gradients, assert_same_bits, assert_unchanged, copies, make_params, params_of, snapshot
+from pairs import SHAPES, Gradients, assert_same_bits, assert_unchanged, copies, make_params, params_of, snapshot
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adamw_kernels import FusedAdamW, backends, fused_adamw_, launch_table, release_gradients
@@ -325,10 +325,18 @@ class Pair:
     The replayed one's gradients stay where they are and get new values, as within a captured backward.
     """
 
-    def __init__(self, graphs: Graphs, *, groups: int = 1, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    def __init__(
+        self,
+        graphs: Graphs,
+        *,
+        groups: int = 1,
+        dtype: torch.dtype = torch.float32,
+        shapes: tuple[tuple[int, ...], ...] = SHAPES,
+        **options: Any,
+    ) -> None:
         """Take one eager step with each, then capture one."""
         self.graphs = graphs
-        params = make_params(graphs.device, dtype)
+        params = make_params(graphs.device, dtype, shapes)
         self.replayed, self.eager = (
             FusedAdamW(self._grouped(copies(params), groups), **{**HYPER, **copy.deepcopy(options)}) for _ in range(2)
         )
@@ -385,6 +393,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "clip-per-group": dict(groups=2, max_grad_norm=0.5, clip_per_group=True),
     "ema": dict(ema_decay=0.9, ema_warmup=True),
     "bfloat16-ema": dict(ema_decay=0.9, ema_format="bfloat16"),
+    "stochastic": dict(dtype=torch.bfloat16, param_format="stochastic", moment_format="bfloat16", seed=3),
+    "split24-8bit": dict(
+        dtype=torch.float16, shapes=((67, 63), (7,)), param_format="split24", moment_format="8bit", seed=3
+    ),
     "everything": dict(
         groups=2,
         max_grad_norm=0.5,

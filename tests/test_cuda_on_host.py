@@ -23,7 +23,16 @@ from cuda_stand_in import MISALIGNED_ADDRESS, ROOT, STAND_IN, compile_kernels
 
 from adamw_kernels import backends
 from adamw_kernels.control import DECISION_NORM, DECISION_NORMS, NormDomain, StepControl
-from adamw_kernels.formats import PARAM_DTYPES, compute_dtype, ema_dtype, grad_dtypes, random_stream
+from adamw_kernels.formats import (
+    GROUP,
+    PARAM_DTYPES,
+    PARAM_FORMATS,
+    compute_dtype,
+    ema_dtype,
+    grad_dtypes,
+    random_stream,
+    remainder_dtype,
+)
 from adamw_kernels.launch_table import ROW_PARAM, LaunchPlan, LaunchTable, TensorSpec
 
 CPU = torch.device("cpu")
@@ -38,9 +47,25 @@ VARIANTS = [
 ]
 HYPERPARAMETERS = [1e-2, 0.9, 0.99, 1e-8, 0.1, 0.5, 0.9]  # lr, betas, eps, weight_decay, max_grad_norm, ema_decay
 
+# Every way to store what is beside the gradient, but native weights beside wide moments: dtypes, param_format and
+# moment_format.
+STORAGES = [
+    (combination, param_format, moment_format)
+    for combination in COMBINATIONS
+    for param_format in (PARAM_FORMATS if combination[0].itemsize == 2 else ["native"])
+    for moment_format in (["float32"] if combination[0] == torch.float64 else ["float32", "bfloat16", "8bit"])
+    if (param_format, moment_format) != ("native", "float32")
+]
+# One of each pair of formats.
+FEW_STORAGES = [
+    (c, *formats)
+    for c, *formats in STORAGES
+    if c in {(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)}
+] + [(c, *formats) for c, *formats in STORAGES if c == (torch.float16, torch.float32)]
+
 # Every operand lies within a buffer whose other elements must stay as they are; 32 of them keep 16-byte alignment.
 GUARD = 32
-GUARD_VALUE = -7.0
+GUARD_VALUE = 7
 
 pytestmark = pytest.mark.skipif(not backends.cpu_isas(), reason="the native CPU path, which judges here, is not built")
 
@@ -70,18 +95,18 @@ class CudaOnHost:
         self._step = step
         self._backwards = backwards
         self.error = 0
-        self.basic_blocks = 0
+        self.basic_blocks = self.pointers_made = 0
 
     def warm_up(self, table: LaunchTable, stages: int) -> None:
         """Nothing to do: the kernels are compiled."""
 
     def launch(self, table: LaunchTable, stages: int) -> None:
-        """Run these stages; `error` and `basic_blocks` say how it went."""
-        entered = ctypes.c_int64()
+        """Run these stages; `error` and the counts say how it went."""
+        counts = (ctypes.c_int64 * 2)()
         self.error = self._step(
-            table.address, stages, table.batches_address, len(table.batches), self._backwards, ctypes.byref(entered)
+            table.address, stages, table.batches_address, len(table.batches), self._backwards, counts
         )
-        self.basic_blocks = entered.value
+        self.basic_blocks, self.pointers_made = counts
 
 
 # --- tensors ------------------------------------------------------------------------------------------------
@@ -89,11 +114,45 @@ class CudaOnHost:
 
 @dataclass
 class Case:
-    """One tensor with its gradient and moments, each within guarded memory."""
+    """One tensor with its gradient and state, each within guarded memory."""
 
     spec: TensorSpec
     grad: torch.Tensor
-    buffers: list[torch.Tensor]
+    buffers: dict[str, torch.Tensor]
+
+
+def storage_dtypes(
+    combination: tuple[torch.dtype, torch.dtype], param_format: str, moment_format: str, ema_format: str | None
+) -> dict[str, torch.dtype]:
+    """Of all operands, in the order of `make_case`'s offsets."""
+    param_dtype, grad_dtype = combination
+    compute = compute_dtype(param_dtype)
+    first, second = {
+        "float32": (compute, compute),
+        "bfloat16": (torch.bfloat16, torch.bfloat16),
+        "8bit": (torch.int8, torch.uint8),
+    }[moment_format]
+    dtypes = {"p": param_dtype, "g": grad_dtype, "m": first, "v": second, "v_max": compute}
+    if ema_format is not None:
+        dtypes["average"] = ema_dtype(param_dtype, ema_format)
+    remainder = remainder_dtype(param_format)
+    if remainder is not None:
+        dtypes["remainder"] = remainder
+    if moment_format == "8bit":
+        dtypes["groups"] = torch.int16
+    return dtypes
+
+
+def some_values(name: str, dtype: torch.dtype, numel: int, generator: torch.Generator) -> torch.Tensor:
+    """Any bits for remainders and codes; what 8-bit moments share, where v is 2**-40 to 2**24, any else."""
+    if name == "groups":
+        first_octave = torch.randint(110, 150, (numel,), generator=generator)
+        return (first_octave << 8 | torch.randint(0, 256, (numel,), generator=generator)).to(torch.int16)
+    if not dtype.is_floating_point:
+        info = torch.iinfo(dtype)
+        return torch.randint(info.min, info.max + 1, (numel,), generator=generator).to(dtype)
+    values = torch.randn(numel, generator=generator, dtype=torch.float64)
+    return (values.square() if name in ("v", "v_max") else values).to(dtype)
 
 
 def make_case(
@@ -101,54 +160,59 @@ def make_case(
     numel: int,
     offsets: Sequence[int] = (0,) * 5,
     *,
+    param_format: str = "native",
+    moment_format: str = "float32",
     ema_format: str | None = None,
     norm: int = 0,
-    **flags: bool,
+    **options: Any,
 ) -> Case:
-    """A tensor of this size; its p, g, m, v, v_max and average start `offsets` elements past a 16-byte boundary.
+    """A tensor of this size whose operands start `offsets` elements past a 16-byte boundary.
 
     Args:
         combination: dtypes of parameter and gradient.
         numel: elements.
-        offsets: five, or six with an average; the sixth is the first by default.
+        offsets: of p, g, m, v, v_max, then the average and the remainder where there are any, which have the first's
+            by default.
+        param_format: of the weight.
+        moment_format: of the moments.
         ema_format: of the average, or None: there is none.
         norm: index of the gradient norm that the tensor is part of.
-        flags: those of `TensorSpec`.
+        options: other fields of `TensorSpec`.
     """
-    param_dtype, grad_dtype = combination
-    compute = compute_dtype(param_dtype)
     generator = torch.Generator().manual_seed(numel)
-    dtypes = [param_dtype, grad_dtype, *[compute] * 3]
-    offsets = [*offsets]
-    if ema_format is not None:
-        dtypes.append(ema_dtype(param_dtype, ema_format))
-        offsets += [offsets[0]] * (len(dtypes) - len(offsets))
-    buffers, views = [], []
-    for i, (dtype, offset) in enumerate(zip(dtypes, offsets, strict=True)):
-        buffer = torch.full((GUARD + offset + numel + GUARD,), GUARD_VALUE, dtype=dtype)
-        assert buffer.data_ptr() % 16 == 0
-        view = buffer[GUARD + offset : GUARD + offset + numel]
-        values = torch.randn(numel, generator=generator, dtype=torch.float64)
-        view.copy_(values.square() if i in (3, 4) else values)
-        buffers.append(buffer)
-        views.append(view)
-    step = torch.tensor([3.0])
-    flags = {"amsgrad": False, "maximize": False, "decoupled": True, **flags}
+    dtypes = storage_dtypes(combination, param_format, moment_format, ema_format)
+    buffers, views = {}, {}
+    for i, (name, dtype) in enumerate(dtypes.items()):
+        offset = 0 if name == "groups" else offsets[i] if i < len(offsets) else offsets[0]
+        count = -(-numel // GROUP) if name == "groups" else numel
+        buffers[name] = torch.full((GUARD + offset + count + GUARD,), GUARD_VALUE, dtype=dtype)
+        assert buffers[name].data_ptr() % 16 == 0
+        views[name] = buffers[name][GUARD + offset : GUARD + offset + count]
+        views[name].copy_(some_values(name, dtype, count, generator))
+    buffers["step"] = torch.tensor([3.0])
+    if moment_format == "8bit":
+        buffers["scale"] = torch.tensor([2.0**24 * 1.3])
+    options = {"amsgrad": False, "maximize": False, "decoupled": True, **options}
     spec = TensorSpec(
-        name=f"{numel} elements, offsets {tuple(offsets)}, {flags}, average {ema_format}",
-        param=views[0],
-        grad_dtype=grad_dtype,
-        exp_avg=views[2],
-        exp_avg_sq=views[3],
-        max_exp_avg_sq=views[4] if flags["amsgrad"] else None,
-        step=step,
+        name=f"{numel} of {combination}, {param_format}, {moment_format}, at {[*offsets]}, {options}, EMA {ema_format}",
+        param=views["p"],
+        grad_dtype=combination[1],
+        exp_avg=views["m"],
+        exp_avg_sq=views["v"],
+        max_exp_avg_sq=views["v_max"] if options["amsgrad"] else None,
+        step=buffers["step"],
         hyper=0,
-        ema=None if ema_format is None else views[5],
+        ema=views.get("average"),
         domain=NormDomain(norm),
         random_stream=random_stream(5, numel),
-        **flags,
+        param_format=param_format,
+        moment_format=moment_format,
+        remainder=views.get("remainder"),
+        groups=views.get("groups"),
+        scale=buffers.get("scale"),
+        **options,
     )
-    return Case(spec, views[1], [*buffers, step])
+    return Case(spec, views["g"], buffers)
 
 
 def run(
@@ -169,9 +233,9 @@ def run(
 
 def assert_same_bits(cases: list[Case], expected: list[Case]) -> None:
     """Every buffer, guards included, holds the same bits in both."""
-    names = ("p", "g", "m", "v", "v_max", "average", "step")
     for case, other in zip(cases, expected, strict=True):
-        for buffer, wanted, name in zip(case.buffers, other.buffers, names, strict=False):
+        for name, buffer in case.buffers.items():
+            wanted = other.buffers[name]
             assert torch.equal(buffer.view(torch.uint8), wanted.view(torch.uint8)), f"{name} of {case.spec.name}"
 
 
@@ -206,6 +270,16 @@ def combination_name(combination: tuple[torch.dtype, torch.dtype]) -> str:
     """'float32-bfloat16'."""
     return "-".join(str(dtype).removeprefix("torch.") for dtype in combination)
 
+
+def storage_name(storage: tuple[tuple[torch.dtype, torch.dtype], str, str]) -> str:
+    """'bfloat16-float32-split24-8bit'."""
+    combination, *formats = storage
+    return "-".join([combination_name(combination), *formats])
+
+
+every_storage = pytest.mark.parametrize("storage", STORAGES, ids=storage_name)
+a_few_storages = pytest.mark.parametrize("storage", FEW_STORAGES, ids=storage_name)
+Storage = tuple[tuple[torch.dtype, torch.dtype], str, str]
 
 every_combination = pytest.mark.parametrize("combination", COMBINATIONS, ids=combination_name)
 
@@ -446,45 +520,154 @@ def test_tensors_without_a_gradient_are_left_alone(step: Callable[..., int]) -> 
 
 
 @every_combination
-def test_aligned_operands_go_several_elements_at_a_time(
+def test_squares_go_several_elements_at_a_time(
     step: Callable[..., int], combination: tuple[torch.dtype, torch.dtype]
 ) -> None:
-    """The vector path is taken wherever all operands sit alike: it enters far fewer basic blocks."""
+    """Sums of squares take whole rows of gradients at a vector's boundary: they enter fewer basic blocks."""
 
-    def basic_blocks(offsets: Sequence[int]) -> int:
+    def basic_blocks(offsets: Sequence[int], control: StepControl | None = None) -> int:
         backend = CudaOnHost(step)
-        run(backend, [make_case(combination, 10_000, offsets)])
+        run(backend, [make_case(combination, 10_000, offsets)], control=control)
         assert backend.error == 0
         return backend.basic_blocks
 
-    one_by_one = basic_blocks([0, 0, 1, 0, 0])
-    for past in (0, 1, 16 // combination[0].itemsize - 1):
-        # Measured: 0.31 (eight at a time) to 0.67 (two); the conversions to and from 16 bits branch for each element.
-        assert basic_blocks([past] * 5) < 0.75 * one_by_one
-
-
-@every_combination
-def test_averages_and_squares_go_several_elements_at_a_time(
-    step: Callable[..., int], combination: tuple[torch.dtype, torch.dtype]
-) -> None:
-    """So do averages that sit as the other operands do, and sums of squares of gradients at a vector's boundary."""
-
-    def basic_blocks(offsets: Sequence[int], ema_format: str | None, control: StepControl | None = None) -> int:
-        backend = CudaOnHost(step)
-        run(backend, [make_case(combination, 10_000, offsets, ema_format=ema_format)], control=control)
-        assert backend.error == 0
-        return backend.basic_blocks
-
-    # Measured: 0.44 to 0.70. A bfloat16 average draws each element's word in a loop of its own: 0.71 to 0.80.
-    assert basic_blocks([0] * 6, "float32") < 0.75 * basic_blocks([0] * 5 + [1], "float32")
-    if combination[0] != torch.float64:
-        assert basic_blocks([0] * 6, "bfloat16") < 0.85 * basic_blocks([0] * 5 + [1], "bfloat16")
     # Measured: 0.67 to 0.76, without what the update enters.
     of_squares = [
-        basic_blocks(offsets, None, StepControl(measures=True)) - basic_blocks(offsets, None)
+        basic_blocks(offsets, StepControl(measures=True)) - basic_blocks(offsets)
         for offsets in ([0] * 5, [0, 1, 0, 0, 0])
     ]
     assert of_squares[0] < 0.85 * of_squares[1]
+
+
+def stored_case(storage: Storage, numel: int, offsets: Sequence[int] = (0,) * 5, **options: Any) -> Case:
+    """A case of this storage; AMSGrad only where the moments are wide."""
+    combination, param_format, moment_format = storage
+    if options.get("amsgrad") and moment_format != "float32":
+        options["amsgrad"] = False
+    if combination[0] == torch.float32 and options.get("ema_format"):
+        options["ema_format"] = "bfloat16"
+    return make_case(combination, numel, offsets, param_format=param_format, moment_format=moment_format, **options)
+
+
+@every_storage
+def test_formats_of_any_size(step: Callable[..., int], storage: Storage) -> None:
+    """Sizes around groups, vectors and chunks, with every option that the inner loop knows, alone and together."""
+    options: list[dict[str, Any]] = [
+        {},
+        {"ema_format": "float32", "first_element": 2**32 - 20, "update_bound": -1.0},
+        {"ema_format": "bfloat16", "cautious": True, "decoupled": False, "update_bound": 0.3},
+        {"amsgrad": True, "cautious_decay": True, "maximize": True, "first_element": 5},
+    ]
+    sizes = [*range(18), *(32 * chunks + i for chunks in (1, 2, 3) for i in (-1, 0, 1)), 40, 56]
+    check(step, lambda: [stored_case(storage, n, **some) for some in options for n in sizes], chunk_size=32)
+
+
+@a_few_storages
+def test_formats_anywhere(step: Callable[..., int], storage: Storage) -> None:
+    """Operands alike past a boundary, and each further past it than the others: every element has its own bits."""
+
+    def make_cases() -> list[Case]:
+        cases = [stored_case(storage, n, [past] * 7, ema_format="float32") for n in (50, 97) for past in range(17)]
+        for odd_one, past, further in product(range(7), (0, 3), (1, 2, 4, 8)):
+            offsets = [past + further if i == odd_one else past for i in range(7)]
+            cases.append(stored_case(storage, 70, offsets, ema_format="bfloat16", amsgrad=True))
+        return cases
+
+    check(step, make_cases, chunk_size=48)
+
+
+@a_few_storages
+@pytest.mark.parametrize("backwards", [False, True])
+def test_formats_in_chunks_of_the_size_in_use(step: Callable[..., int], storage: Storage, backwards: bool) -> None:
+    """With the backend's own chunk size, in either order of threads, rounds and chunks meet without a gap."""
+    chunk = CudaOnHost.chunk_size
+
+    def make_cases() -> list[Case]:
+        return [stored_case(storage, n, [past] * 5) for n in (2047, 4100, chunk + 1000) for past in (0, 1)]
+
+    check(step, make_cases, backwards=backwards)
+
+
+SPECIAL_VALUES = [0.0, -0.0, math.inf, -math.inf, math.nan, 6e4, -6e4, 1e-7, -1e-7, 6e-8, 3e38, -3e38, 1e-38, 1e-44]
+
+
+@every_storage
+def test_special_values_in_formats(step: Callable[..., int], storage: Storage) -> None:
+    """Zeros, infinities, NaNs, subnormals and the largest values, as weights and as gradients, among groups."""
+
+    def make_cases() -> list[Case]:
+        cases = []
+        for shift, ema_format in product(range(3), (None, "bfloat16")):
+            case = stored_case(storage, 500, [shift % 2] * 7, ema_format=ema_format, update_bound=-1.0)
+            special = torch.tensor(SPECIAL_VALUES * 20, dtype=torch.float64)
+            case.grad[: special.numel()] = special.to(case.grad.dtype)
+            case.spec.param[100 + 5 * shift :][: special.numel()] = special.to(case.spec.param.dtype)
+            if shift == 2:  # a new tensor
+                for state in (case.spec.exp_avg, case.spec.exp_avg_sq, case.spec.groups, case.spec.remainder):
+                    if state is not None:
+                        state.zero_()
+            cases.append(case)
+        return cases
+
+    check(step, make_cases, chunk_size=48)
+
+
+@a_few_storages
+def test_steps_in_formats(step: Callable[..., int], storage: Storage) -> None:
+    """Sixty steps, over which the scale of 8-bit moments falls back: what is stored is what the next step reads."""
+    cases, expected = ([stored_case(storage, 333, ema_format="float32", update_bound=-1.0)] for _ in range(2))
+    scales = set()
+    for k in range(60):
+        for backend, tensors in ((CudaOnHost(step), cases), (backends.CpuBackend(), expected)):
+            tensors[0].grad.copy_(torch.randn(333, generator=torch.Generator().manual_seed(k)))
+            run(backend, tensors, 64)
+        assert_same_bits(cases, expected)
+        if cases[0].spec.scale is not None:
+            scales.add(cases[0].spec.scale.item())
+    if scales:  # 2**25 / beta2 at most, from which it fell by half
+        assert len(scales) == 60 and 2.0**24 <= min(scales) < 2.0**24 * 1.3 < max(scales) < 2.0**25
+
+
+def test_all_storages_in_one_table(step: Callable[..., int]) -> None:
+    """One call updates tensors in every storage, in several launches; a skipped step changes none, and no scale."""
+    make = {
+        "plain": lambda: [make_case(c, 40, clip=True) for c in COMBINATIONS],
+        "stored": lambda: [stored_case(s, n, clip=True) for n in (40, 0, 333) for s in reversed(STORAGES)],
+    }
+    check(step, lambda: [*make["stored"](), *make["plain"]()], chunk_size=48, make_control=measuring())
+    cases, control = make["stored"](), measuring()()
+    run(CudaOnHost(step), cases, 48, control, (None, 1.0))
+    assert bool(control.verdict(CPU).skip())
+    assert_same_bits(cases, make["stored"]())
+
+
+@pytest.mark.parametrize("storage", [*((c, "native", "float32") for c in COMBINATIONS), *STORAGES], ids=storage_name)
+def test_aligned_operands_go_several_elements_at_a_time(step: Callable[..., int], storage: Storage) -> None:
+    """The vector path is taken wherever all operands sit alike, and only there.
+
+    Update finds the average's address anew for every vector or element that it takes.
+    """
+
+    def pointers_made(offsets: Sequence[int], ema_format: str) -> int:
+        backend = CudaOnHost(step)
+        run(backend, [stored_case(storage, 10_000, offsets, ema_format=ema_format)])
+        assert backend.error == 0
+        return backend.pointers_made
+
+    (param, grad), param_format, moment_format = storage
+    at_once = (
+        2 if param == torch.float64 else 8 if moment_format == "8bit" else 16 // min(param.itemsize, grad.itemsize)
+    )
+    # 8-bit moments' groups start at the first element, wherever that is.
+    alike = (0,) if moment_format == "8bit" else (0, 1, 16 // param.itemsize - 1)
+    for ema_format in ("float32", "bfloat16") if param != torch.float64 else ("float32",):
+        one_by_one = pointers_made([0, 0, 1, 0, 0], ema_format)
+        for past in alike:
+            # Measured: 1.6 at most, with what every thread begins with.
+            assert pointers_made([past] * 7, ema_format) < 1.7 / at_once * one_by_one
+        for odd_one in (0, 1, 3, 5) if param_format in ("native", "stochastic") else (0, 1, 3, 5, 6):
+            offsets = [int(i == odd_one) for i in range(7)]
+            assert pointers_made(offsets, ema_format) > 0.9 * one_by_one
 
 
 def test_misaligned_access_would_be_noticed(step: Callable[..., int]) -> None:

@@ -1,7 +1,7 @@
-"""The stand-in for CUDA that test_cuda_on_host.py relies on runs kernels with barriers, and shows mistakes in them.
+"""The stand-in for CUDA that test_cuda_on_host.py relies on runs kernels whose threads wait, and shows their mistakes.
 
-What stays invisible to it: blocks of one launch that read what others write, threads that meet at one barrier in
-different rounds of a loop, and whatever depends on warps.
+They wait at barriers of a block and where lanes of a warp exchange values. What stays invisible to it: blocks of one
+launch that read what others write, threads that meet in different rounds of a loop, and whatever else depends on warps.
 """
 
 import ctypes
@@ -15,6 +15,16 @@ THREADS = 256
 
 NO_BARRIER, *BARRIERS = range(4)  # Barrier of canary.cu
 DIVERGENCES = range(3)  # Divergence of canary.cu
+MISTAKES = [  # Mistake of canary.cu
+    "lane_returns",
+    "lane_waits_twice",
+    "other_line",
+    "other_mask",
+    "other_lane",
+    "not_in_mask",
+    "partner_not_in_mask",
+    "at_barrier",
+]
 
 either_order = pytest.mark.parametrize("backwards", [False, True], ids=["first_first", "last_first"])
 # The odd one out among threads that wait: the one that runs first, one in between, or the one that runs last.
@@ -100,6 +110,48 @@ def test_divergent_barrier_is_reported(canary: ctypes.CDLL, kind: int, odd_one: 
 def test_no_divergence_without_an_odd_one(canary: ctypes.CDLL) -> None:
     """The same kernels succeed where no thread differs."""
     assert [canary.divergent(2, THREADS, False, kind, THREADS) for kind in DIVERGENCES] == [SUCCESS] * len(DIVERGENCES)
+
+
+def run_lane_sums(canary: ctypes.CDLL, lanes: int, backwards: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`lane_sums` of canary.cu on three blocks of 64 threads, and what it has to give."""
+    generator = torch.Generator().manual_seed(lanes)
+    x = torch.randint(1, 9, (3 * 64 // lanes, lanes), generator=generator, dtype=torch.int32)
+    x[::3, 0] = 0  # these lanes return
+    out = torch.full_like(x, -1)
+    assert canary.lane_sums(3, 64, backwards, lanes, pointer(x), pointer(out)) == SUCCESS
+    expected = x.long()
+    for _ in range(3):
+        expected = expected * expected.sum(1, keepdim=True) % 2**32
+    expected[::3] = 2**32 - 1
+    return out.long() % 2**32, expected
+
+
+@either_order
+@pytest.mark.parametrize("lanes", [1, 2, 4, 8, 16, 32])
+def test_lanes_exchange_values(canary: ctypes.CDLL, lanes: int, backwards: bool) -> None:
+    """Sums over neighbouring lanes by butterflies are right, round after round, while other lanes have returned."""
+    sums, expected = run_lane_sums(canary, lanes, backwards)
+    assert torch.equal(sums, expected)
+
+
+@either_order
+@each_odd_one
+@pytest.mark.parametrize("kind", range(len(MISTAKES)), ids=MISTAKES)
+def test_mistaken_exchange_is_reported(canary: ctypes.CDLL, kind: int, odd_one: int, backwards: bool) -> None:
+    """Lanes that do not meet, or not with the same mask and distance, fail the launch; the next launch is sound."""
+    out = torch.empty(THREADS, dtype=torch.int32)
+    assert canary.mistaken_exchange(2, THREADS, backwards, kind, odd_one, pointer(out)) == LAUNCH_FAILURE
+    sums, expected = run_lane_sums(canary, 16, backwards)
+    assert torch.equal(sums, expected)
+
+
+def test_no_mistake_without_an_odd_one(canary: ctypes.CDLL) -> None:
+    """The same kernel succeeds where no lane differs, and every lane gets its neighbour's number."""
+    out = torch.empty(THREADS, dtype=torch.int32)
+    neighbours = torch.arange(THREADS, dtype=torch.int32) ^ 1
+    for kind in range(len(MISTAKES)):
+        assert canary.mistaken_exchange(2, THREADS, False, kind, THREADS, pointer(out.fill_(-1))) == SUCCESS
+        assert torch.equal(out, neighbours)
 
 
 @either_order

@@ -6,6 +6,7 @@ it rounds in the same places. The arithmetic of bfloat16 averages is the referen
 
 import copy
 import io
+import itertools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,8 @@ from pairs import (
     params_of,
     snapshot,
 )
+from problems import stored
+from reference_formats import merge_weight
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -59,14 +62,18 @@ class SeparateAverage:
         self.param = p
         self.value = self._weight().clone()
 
-    def _weight(self) -> torch.Tensor:
+    def _weight(self, remainder: torch.Tensor | None = None) -> torch.Tensor:
         p = self.param.detach()
+        if remainder is not None:
+            dtype = str(p.dtype).removeprefix("torch.")
+            param_format = "split24" if remainder.dtype == torch.int8 else "split32"
+            return torch.from_numpy(merge_weight(stored(p), stored(remainder), dtype, param_format)).to(p.device)
         p = torch.view_as_real(p) if p.is_complex() else p
         return p if p.dtype == torch.float64 else p.float()
 
-    def update(self, decay: float) -> None:
-        """One step: e = e + (1 - decay) * (p - e)."""
-        difference = self._weight() - self.value
+    def update(self, decay: float, remainder: torch.Tensor | None = None) -> None:
+        """One step: e = e + (1 - decay) * (p - e), p with what is remembered of it beside."""
+        difference = self._weight(remainder) - self.value
         weight = torch.tensor(1.0 - decay, dtype=torch.float64).to(difference.dtype).to(difference.device)
         self.value += difference * weight
 
@@ -94,12 +101,20 @@ def test_average_worked_by_hand(path: Path) -> None:
         assert (p.item(), ema_of(opt).item()) == (weight, average)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_average_equals_a_separate_pass(path: Path, dtype: torch.dtype) -> None:
-    """Over 30 steps: the bits of a pass over the stored weights after each step, and a storage of its own."""
+@pytest.mark.filterwarnings("ignore:param_format='native'")
+@pytest.mark.parametrize(
+    ("dtype", "param_format"),
+    [
+        *((dtype, "auto") for dtype in DTYPES),
+        *itertools.product((torch.bfloat16, torch.float16), ("native", "stochastic", "split24")),
+    ],
+    ids=str,
+)
+def test_average_equals_a_separate_pass(path: Path, dtype: torch.dtype, param_format: str) -> None:
+    """Over 30 steps: the bits of a pass over the weights as remembered after each step, and a storage of its own."""
     params = make_params(path.device, dtype)
-    opt = FusedAdamW(params, ema_decay=0.9, **HYPER)
-    plain = FusedAdamW(copies(params), **HYPER)
+    opt = FusedAdamW(params, ema_decay=0.9, param_format=param_format, **HYPER)
+    plain = FusedAdamW(copies(params), param_format=param_format, **HYPER)
     averages = [SeparateAverage(p) for p in params]
     gradients = Gradients()
     for step in range(30):
@@ -107,7 +122,7 @@ def test_average_equals_a_separate_pass(path: Path, dtype: torch.dtype) -> None:
         opt.step()
         plain.step()
         for average in averages:
-            average.update(0.9)
+            average.update(0.9, opt.state[average.param].get("param_remainder"))
             average.check(opt, f"step {step}")
     for p, q in zip(params, params_of(plain), strict=True):
         assert torch.equal(bits(p), bits(q)), "the weights do not depend on their average"

@@ -93,6 +93,7 @@ OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "cautious": (one_group, dict(cautious=True, cautious_weight_decay=True)),
     "ema": (one_group, dict(ema_decay=0.9, ema_warmup=True)),
     "bfloat16-ema": (three_groups, dict(ema_decay=0.9, ema_format="bfloat16", seed=3)),
+    "bfloat16-moments": (one_group, dict(moment_format="bfloat16", seed=3)),
     "tensors": (one_group, dict(lr=torch.tensor(0.01), betas=(torch.tensor(0.5), 0.9))),
 }
 
@@ -126,6 +127,35 @@ def in_mixed_formats(model: Any) -> None:
     """Make the layers bfloat16, float32 and float64."""
     model.first.bfloat16()
     model.third.double()
+
+
+@pytest.mark.filterwarnings("ignore:param_format='native'")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_released_steps_in_storage_formats(device: torch.device, dtype: torch.dtype) -> None:
+    """Another format of weights and of moments in each group, all of them large enough for 8 bits, one ragged."""
+    pair = []
+    for released in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(6, 700), torch.nn.Linear(700, 6), torch.nn.Linear(6, 683), torch.nn.Linear(683, 6)
+        ).to(device, dtype)
+        weights = ("stochastic", "split24", "split32", "native")
+        moments = ("8bit", "bfloat16", "8bit", "float32")
+        groups = [
+            dict(params=layer.parameters(), param_format=weight, moment_format=moment)
+            for layer, weight, moment in zip(model, weights, moments, strict=True)
+        ]
+        opt = FusedAdamW(groups, lr=0.01, weight_decay=0.1, seed=3)
+        if released:
+            release_gradients(model, opt)
+        for step in range(3):
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step)).to(device, dtype)
+            model(x).float().square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+        pair.append(opt)
+    assert_same_bits(*pair)
+    assert opt.state[model[2].weight]["exp_avg"].dtype == torch.int8
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", "mixed"])

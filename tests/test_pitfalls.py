@@ -28,6 +28,7 @@ import torch.distributed as dist
 from conftest import CPU, Path
 from problems import Guarded, assert_same_bits, stored
 from reference import compute_dtype, step_count_after, step_exact
+from reference_formats import SPLITS, merge_weight, split_weight
 from tolerances import tolerance
 from torch.distributed.checkpoint import state_dict as dcp
 
@@ -64,21 +65,27 @@ class Twin:
         self.dtype = str(param.dtype).removeprefix("torch.")
         self.moment_dtype = np.dtype(compute_dtype(self.dtype)).name
         self.p = stored(param)
+        self.remainder: np.ndarray | None = None
         self.m, self.v, self.v_max = (np.zeros(param.shape, self.moment_dtype) for _ in range(3))
         self.t = np.float32(0)
 
     def step(self, grad: torch.Tensor, group: dict[str, Any]) -> None:
-        """One step of the reference with a parameter group's options."""
+        """One step of the reference with a parameter group's options; of param_format "native" or "split32"."""
         self.t = step_count_after(self.t)
         beta1, beta2 = group["betas"]
-        self.p, self.m, self.v, v_max = step_exact(
-            self.p,
+        is_split = self.dtype in SPLITS and group.get("param_format", "auto") != "native"
+        weight = self.p
+        if is_split:
+            remainder = np.zeros(self.p.shape, np.int16) if self.remainder is None else self.remainder
+            weight = merge_weight(self.p, remainder, self.dtype, "split32")
+        weight, self.m, self.v, v_max = step_exact(
+            weight,
             stored(grad),
             self.m,
             self.v,
             self.v_max if group["amsgrad"] else None,
             int(self.t),
-            param_dtype=self.dtype,
+            param_dtype="float32" if is_split else self.dtype,
             grad_dtype=str(grad.dtype).removeprefix("torch."),
             lr=float(group["lr"]),
             beta1=float(beta1),
@@ -90,6 +97,10 @@ class Twin:
             decoupled=group["decoupled_weight_decay"],
         )
         self.v_max = self.v_max if v_max is None else v_max
+        if is_split:
+            self.p, self.remainder = split_weight(weight, self.dtype, "split32")
+        else:
+            self.p = weight
 
     def check(self, param: torch.Tensor, state: dict[str, Any], what: str) -> None:
         """Compare every bit of the parameter, its moments and its step count."""
@@ -97,6 +108,9 @@ class Twin:
         if self.t == 0:
             assert not state, f"{what} never had a gradient"
             return
+        assert ("param_remainder" in state) == (self.remainder is not None), what
+        if self.remainder is not None:
+            np.testing.assert_array_equal(stored(state["param_remainder"]), self.remainder, f"remainder of {what}")
         for key, array in (("exp_avg", self.m), ("exp_avg_sq", self.v)):
             assert_same_bits(stored(state[key]), array, self.moment_dtype, f"{key} of {what}")
         if "max_exp_avg_sq" in state:
@@ -1039,16 +1053,27 @@ def test_pitfall_28_bias_correction_in_float32(path: Path, beta2: float, t: int)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_pitfall_29_rounding_points(path: Path, dtype: torch.dtype) -> None:
-    """A 16-bit parameter is rounded once, when it is stored; no intermediate and no moment ever is."""
-    params = [parameter(64, device=path.device, dtype=dtype, seed=i) for i in range(2)]
-    judge = Judge(FusedAdamW([{"params": params[:1]}, {"params": params[1:], "amsgrad": True}], **HYPER))
+    """A 16-bit parameter is rounded once, when it is stored, or never; no intermediate and no moment ever is."""
+    params = [parameter(64, device=path.device, dtype=dtype, seed=i) for i in range(3)]
+    groups: list[dict[str, Any]] = [
+        {"params": params[:1], "param_format": "native"},
+        {"params": params[1:2], "param_format": "native", "amsgrad": True},
+        {"params": params[2:]},
+    ]
+    with pytest.warns(UserWarning, match="rounds .* to nearest"):
+        judge = Judge(FusedAdamW(groups, **HYPER))
     for i in range(4):
         judge.step()
         renew_grads(judge.optimizer, i)
 
 
-def test_pitfall_30_nan_and_ties_in_bfloat16(path: Path) -> None:
-    """Stored to bfloat16, NaN stays NaN (0x7FFFFFFF is not -0.0), ties go to even, FLT_MAX overflows to infinity."""
+@pytest.mark.filterwarnings("ignore:param_format='native'")
+@pytest.mark.parametrize("param_format", ["native", "split32"])
+def test_pitfall_30_nan_and_ties_in_bfloat16(path: Path, param_format: str) -> None:
+    """Stored to bfloat16, NaN stays NaN (0x7FFFFFFF is not -0.0) and FLT_MAX overflows to infinity.
+
+    Ties go to even, and upwards beside a remainder, which brings back every float32 value, FLT_MAX too.
+    """
     # With beta1 = 0, p = 0, a running maximum of 1 and no bias left to correct, the new weight is -lr * g exactly as
     # long as (1 - beta2) * g^2 <= 1: from 2^-3 up to FLT_MAX, with lr = 2^123, any float32 can be stored.
     cases = {
@@ -1060,6 +1085,8 @@ def test_pitfall_30_nan_and_ties_in_bfloat16(path: Path) -> None:
         0x7F7F8000: 0x7F80,  # the last tie: infinity
         0x7F7FFFFF: 0x7F80,  # FLT_MAX
     }
+    if param_format == "split32":
+        cases[0x3F808000] = 0x3F81
     wanted = np.array([*cases, *(bits | 0x80000000 for bits in cases)], np.uint32).view(np.float32)
     rounded = np.array([*cases.values(), *(bits | 0x8000 for bits in cases.values())], np.uint16)
     lr, beta2, t = 2.0**123, 1 - 2.0**-10, 2**20
@@ -1070,7 +1097,9 @@ def test_pitfall_30_nan_and_ties_in_bfloat16(path: Path) -> None:
     p = torch.nn.Parameter(torch.zeros(len(grads), dtype=torch.bfloat16, device=path.device))
     p.grad_dtype = None  # any
     p.grad = torch.from_numpy(grads).to(path.device)
-    optimizer = FusedAdamW([p], lr=lr, betas=(0.0, beta2), eps=0.0, weight_decay=0.0, amsgrad=True)
+    optimizer = FusedAdamW(
+        [p], lr=lr, betas=(0.0, beta2), eps=0.0, weight_decay=0.0, amsgrad=True, param_format=param_format
+    )
     zeros = torch.zeros(len(grads), device=path.device)
     moments = dict(exp_avg=zeros, exp_avg_sq=zeros.clone(), max_exp_avg_sq=torch.ones_like(zeros))
     optimizer.state[p] = {"step": t, **moments}
@@ -1082,6 +1111,10 @@ def test_pitfall_30_nan_and_ties_in_bfloat16(path: Path) -> None:
     np.testing.assert_array_equal(got[: len(rounded)], rounded)
     np.testing.assert_array_equal(got[len(rounded) : len(rounded) + 2] & 0x7FFF, [0, 0])
     assert p[len(rounded) + 2 :].isnan().all(), "NaN gradients, and infinity over infinity"
+    remembered = stored(optimizer.fp32_weights()[p])
+    expected = wanted if param_format == "split32" else (rounded.astype(np.uint32) << 16).view(np.float32)
+    np.testing.assert_array_equal(remembered[: len(rounded)].view(np.uint32), expected.view(np.uint32))
+    assert np.isnan(remembered[len(rounded) + 2 :]).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

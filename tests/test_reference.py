@@ -117,7 +117,7 @@ def test_first_float32_step_is_exact_in_binary() -> None:
     d = 1 * 2 + 2 = 4, p = 1 - (1/16 * 1 + 1/4 * 1 / 4) = 7/8.
     """
     options = dict(lr=0.125, beta1=0.5, beta2=0.75, eps=2.0, weight_decay=0.5)
-    assert coefficients(1, **options) == (0.5, 0.25, 0.25, 2.0, 0.0625, 2.0, 1.0, 0.0, 0.0)
+    assert coefficients(1, **options) == (0.5, 0.25, 0.25, 2.0, 0.0625, 2.0, 1.0, 0.0, 0.0, math.inf)
     zero = float32(0)
     state = step_exact(
         float32(1), float32(2), zero, zero, None, 1, param_dtype="float32", grad_dtype="float32", **options
@@ -197,6 +197,10 @@ class ExactlyRounded:
         """Return the rounded difference."""
         return ExactlyRounded(self.value - ExactlyRounded(other).value)
 
+    def __neg__(self) -> "ExactlyRounded":
+        """Return the negative."""
+        return ExactlyRounded(-self.value)
+
     def __mul__(self, other: "ExactlyRounded") -> "ExactlyRounded":
         """Return the rounded product."""
         return ExactlyRounded(self.value * other.value)
@@ -253,7 +257,8 @@ def test_every_float32_operation_is_rounded_once(amsgrad: bool, l2: bool, cautio
     scale = 10.0 ** rng.integers(-42, 4, n)
     p, grad, m = (x.astype(np.float32) for x in (rng.standard_normal(n), *(scale * rng.standard_normal((2, n)))))
     v, v_max = (np.abs(x).astype(np.float32) for x in (scale * rng.standard_normal(n)) ** 2 * [[1.0], [1.5]])
-    c = coefficients(3, lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, decoupled=not l2)
+    hyper = dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+    c = coefficients(3, **hyper, decoupled=not l2, update_bound="auto")  # which about half of these exceed
     flags = dict(amsgrad=amsgrad, l2=l2, cautious=cautious, cautious_weight_decay=cautious)
     got = adamw_exact(p, grad, m, v, v_max, c, **flags)
     as_objects = [np.array([ExactlyRounded(float(x)) for x in array], dtype=object) for array in (p, grad, m, v, v_max)]
@@ -346,7 +351,7 @@ def test_powers_underflow_to_zero() -> None:
 def test_beta_zero() -> None:
     """With beta = 0 there is no memory and no bias: 0^t = 0."""
     c = coefficients(5, lr=0.25, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0)
-    assert c == (1.0, 1.0, 0.25, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0)
+    assert c == (1.0, 1.0, 0.25, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, math.inf)
 
 
 @pytest.mark.parametrize("compute", [np.float32, np.float64])

@@ -51,6 +51,49 @@ __global__ void divergent_kernel(Divergence kind, unsigned odd_one) {
   if (kind == kWaitsTwice && odd) __syncthreads();
 }
 
+// out = the sum of x over each `lanes` neighbours, times the sum of that, three times over: a power of two of lanes.
+__global__ void lane_sums_kernel(const uint32_t* x, unsigned lanes, uint32_t* out) {
+  const unsigned t = threadIdx.x, lane = t % 32, first = blockIdx.x * 64;
+  if (x[first + t / lanes * lanes] == 0) return;  // lanes that exchange return together
+  const unsigned mask = (lanes == 32 ? ~0u : (1u << lanes) - 1u) << (lane / lanes * lanes);
+  uint32_t product = x[first + t];
+  for (int k = 0; k < 3; ++k) {
+    uint32_t sum = product;
+    for (unsigned other = 1; other < lanes; other *= 2) sum += __shfl_xor_sync(mask, sum, other);
+    product *= sum;
+  }
+  out[first + t] = product;
+}
+
+enum Mistake {
+  kLaneReturns,
+  kLaneWaitsTwice,
+  kOtherLine,
+  kOtherMask,
+  kOtherLane,
+  kNotInMask,
+  kPartnerNotInMask,
+  kAtBarrier
+};
+
+// Lanes exchange with their neighbours; the odd one out makes a mistake.
+__global__ void mistaken_exchange_kernel(Mistake kind, unsigned odd_one, uint32_t* out) {
+  const bool odd = threadIdx.x == odd_one;
+  if (kind == kLaneReturns && odd) return;
+  const unsigned pair = 3u << (threadIdx.x % 32 & ~1u), lane = 1u << threadIdx.x % 32;
+  const unsigned mask = !odd ? pair : kind == kOtherMask ? ~0u : kind == kNotInMask ? pair & ~lane : pair;
+  uint32_t x = threadIdx.x;
+  if (kind == kOtherLine && odd) {
+    x = __shfl_xor_sync(mask, x, 1);
+  } else if (kind == kAtBarrier && odd) {
+    __syncthreads();
+  } else {
+    x = __shfl_xor_sync(kind == kPartnerNotInMask && odd ? lane : mask, x, kind == kOtherLane && odd ? 0 : 1);
+  }
+  if (kind == kLaneWaitsTwice && odd) x += __shfl_xor_sync(mask, x, 1);
+  out[threadIdx.x] = x;
+}
+
 // Between two barriers, one thread reads from an odd address.
 __global__ void misaligned_kernel(const char* address, unsigned odd_one, double* out) {
   __syncthreads();
@@ -82,6 +125,14 @@ int unset(int blocks, int threads, bool backwards, double* out) {
 
 int divergent(int blocks, int threads, bool backwards, int kind, unsigned odd_one) {
   return launch(blocks, threads, backwards, divergent_kernel, static_cast<Divergence>(kind), odd_one);
+}
+
+int lane_sums(int blocks, int threads, bool backwards, unsigned lanes, const uint32_t* x, uint32_t* out) {
+  return launch(blocks, threads, backwards, lane_sums_kernel, x, lanes, out);
+}
+
+int mistaken_exchange(int blocks, int threads, bool backwards, int kind, unsigned odd_one, uint32_t* out) {
+  return launch(blocks, threads, backwards, mistaken_exchange_kernel, static_cast<Mistake>(kind), odd_one, out);
 }
 
 int misaligned(int blocks, int threads, bool backwards, unsigned odd_one, const double* x, double* out) {

@@ -23,6 +23,11 @@
 #define __syncthreads() wait_at_barrier(__LINE__)
 void wait_at_barrier(int line);
 
+// What the lane whose number differs in the bits of `xor_lane` offers: the lanes of `mask` wait for one another. All of
+// them must name the same mask, and the line must be the same.
+#define __shfl_xor_sync(mask, value, xor_lane) exchange(mask, value, xor_lane, __LINE__)
+uint32_t exchange(unsigned mask, uint32_t value, unsigned xor_lane, int line);
+
 using cudaStream_t = struct CUstream_st*;
 
 enum cudaError_t {
@@ -66,7 +71,13 @@ inline bool last_thread_first = false;
 // How many basic blocks code compiled with -fsanitize-coverage=trace-pc has entered.
 inline int64_t basic_blocks_entered = 0;
 
-inline void* __cvta_global_to_generic(size_t address) { return reinterpret_cast<void*>(address); }
+// How many addresses out of tables have become pointers. A kernel that does so for every vector shows how many it made.
+inline int64_t pointers_made = 0;
+
+inline void* __cvta_global_to_generic(size_t address) {
+  ++pointers_made;
+  return reinterpret_cast<void*>(address);
+}
 
 cudaError_t run_grid(const cudaLaunchConfig_t& config, const std::function<void()>& kernel);
 

@@ -1,8 +1,8 @@
-// How a launch runs: block after block, and in a block thread after thread, each up to its next barrier.
+// How a launch runs: block after block, and in a block thread after thread, each up to its next barrier or exchange.
 //
-// A thread needs a stack of its own only while it waits at a barrier. So one fiber runs thread after thread until one
-// of them waits; that fiber then stays with that thread, and the next fiber goes on with the threads that have not
-// started. A kernel without barriers runs on the first fiber alone, at the cost of plain calls.
+// A thread needs a stack of its own only while it waits. So one fiber runs thread after thread until one of them waits;
+// that fiber then stays with that thread, and the next fiber goes on with the threads that have not started. A kernel
+// that never waits runs on one fiber alone, at the cost of plain calls.
 //
 // ucontext makes a fiber, but setjmp switches: 26 ns there and back, against 320 by swapcontext, which makes a system
 // call each way to save the signal mask.
@@ -22,6 +22,7 @@ extern "C" __attribute__((weak, visibility("hidden"))) char __stop_shared_memory
 namespace {
 
 constexpr unsigned kMaxBlocks = 0x7fffffff, kMaxThreads = 1024;
+constexpr unsigned kWarp = 32;
 constexpr size_t kStackBytes = 64 << 10;
 
 struct Fiber {
@@ -34,11 +35,30 @@ alignas(16) char stacks[kMaxThreads][kStackBytes];  // pages that no thread has 
 jmp_buf scheduler;
 Fiber* running = nullptr;  // null outside of kernels
 
+// The fibers that hold no thread, those whose thread can go on, and those whose thread waits at `barrier`.
+struct FiberStack {
+  Fiber* at[kMaxThreads];
+  unsigned size;
+  void push(Fiber* fiber) { at[size++] = fiber; }
+  Fiber& pop() { return *at[--size]; }
+};
+FiberStack idle, ready, waiting;
+int barrier;
+
+// What a thread offers to the other lanes of its warp, while `fiber` is not null; then what it gets.
+struct Offer {
+  Fiber* fiber;
+  int line;
+  unsigned mask;
+  unsigned xor_lane;
+  uint32_t value;
+};
+Offer offers[kMaxThreads];
+unsigned num_offers;  // that wait
+
 const std::function<void()>* thread_body;
 unsigned num_threads;  // of a block
 unsigned num_started;  // of the block's threads, in their order
-unsigned num_waiting;  // at `barrier`: those of fibers[0], fibers[1], ...
-int barrier;
 cudaError_t error;
 
 [[noreturn]] void fail(cudaError_t reason) {
@@ -59,6 +79,7 @@ void run_threads() {
       ++num_started;
       (*thread_body)();
     }
+    idle.push(running);
     yield();
   }
 }
@@ -82,24 +103,70 @@ void resume(Fiber& fiber) {
 void run_block() {
   // What the block before left there must not be relied on: all ones are a NaN, or -1.
   memset(__start_shared_memory, 0xff, static_cast<size_t>(__stop_shared_memory - __start_shared_memory));
-  num_started = num_waiting = 0;
-  while (error == cudaSuccess && num_started < num_threads) resume(fibers[num_waiting]);
-  while (error == cudaSuccess && num_waiting == num_threads) {
-    num_waiting = 0;
-    for (unsigned i = 0; error == cudaSuccess && i < num_threads; ++i) resume(fibers[i]);
+  num_started = num_offers = ready.size = waiting.size = idle.size = 0;
+  for (unsigned i = num_threads; i-- > 0;) {
+    idle.push(&fibers[i]);
+    offers[i].fiber = nullptr;
   }
-  // A barrier that some threads wait at and others never reach.
-  if (error == cudaSuccess && num_waiting != 0) error = cudaErrorLaunchFailure;
+  while (error == cudaSuccess) {
+    if (ready.size > 0) {
+      resume(ready.pop());
+    } else if (num_started < num_threads) {
+      resume(idle.pop());
+    } else if (waiting.size == num_threads) {
+      while (waiting.size > 0) ready.push(&waiting.pop());  // the first to have come goes on first
+    } else {
+      break;
+    }
+  }
+  // A barrier or an exchange that some threads wait at and others never reach.
+  if (error == cudaSuccess && waiting.size + num_offers != 0) error = cudaErrorLaunchFailure;
 }
 
 }  // namespace
 
 void wait_at_barrier(int line) {
-  if (num_waiting++ == 0) barrier = line;
+  if (waiting.size == 0) barrier = line;
   if (barrier != line) fail(cudaErrorLaunchFailure);
+  waiting.push(running);
   const dim3 index = threadIdx;
   yield();
   threadIdx = index;
+}
+
+uint32_t exchange(unsigned mask, uint32_t value, unsigned xor_lane, int line) {
+  const dim3 index = threadIdx;
+  const unsigned lane = index.x % kWarp, first_of_warp = index.x - lane;
+  const auto in_mask = [&](unsigned i) { return i < kWarp && (mask >> i & 1) != 0; };
+  if (!in_mask(lane) || !in_mask(lane ^ xor_lane)) fail(cudaErrorLaunchFailure);
+  offers[index.x] = {running, line, mask, xor_lane, value};
+  ++num_offers;
+  bool complete = true;
+  for (unsigned i = 0; i < kWarp; ++i) {
+    if (!in_mask(i)) continue;
+    if (first_of_warp + i >= num_threads) fail(cudaErrorLaunchFailure);
+    const Offer& other = offers[first_of_warp + i];
+    complete = complete && other.fiber != nullptr;
+    if (other.fiber != nullptr && (other.line != line || other.mask != mask || other.xor_lane != xor_lane)) {
+      fail(cudaErrorLaunchFailure);
+    }
+  }
+  if (complete) {
+    uint32_t values[kWarp];
+    for (unsigned i = 0; i < kWarp; ++i) values[i] = in_mask(i) ? offers[first_of_warp + i].value : 0;
+    for (unsigned i = 0; i < kWarp; ++i) {
+      if (!in_mask(i)) continue;
+      Offer& other = offers[first_of_warp + i];
+      other.value = values[i ^ xor_lane];
+      if (i != lane) ready.push(other.fiber);
+      other.fiber = nullptr;
+      --num_offers;
+    }
+  } else {
+    yield();
+    threadIdx = index;
+  }
+  return offers[index.x].value;
 }
 
 // Calls `kernel` as every thread of every block.
@@ -114,7 +181,7 @@ cudaError_t run_grid(const cudaLaunchConfig_t& config, const std::function<void(
     blockIdx.x = last_thread_first ? blocks - 1 - i : i;
     run_block();
   }
-  // Threads that an error left at a barrier are given up, with their fibers.
+  // Threads that an error left waiting are given up, with their fibers.
   if (error != cudaSuccess) {
     for (Fiber& fiber : fibers) fiber.made = false;
   }

@@ -1,0 +1,45 @@
+"""Which part of a whole tensor this process holds, and with which processes it shares the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# Elements by which the random bits of shards lie apart whose elements are not one run of the whole tensor.
+_FAR_APART = 1 << 40
+
+
+def shard_groups(tensor: torch.Tensor, process_group: Any) -> tuple[Any, ...]:
+    """The process groups over which a tensor's sum of squares must be reduced, one after another."""
+    placements = getattr(tensor, "placements", None)
+    if placements is None:
+        return () if process_group is None else (process_group,)
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    # Not is_shard(): the strided shards of tensor parallelism under FSDP2 say no to it.
+    return tuple(mesh.get_group(i) for i, placement in enumerate(placements) if not placement.is_replicate())
+
+
+def first_element(tensor: torch.Tensor, process_group: Any) -> int:
+    """Where a shard's random bits begin: the index, in the whole tensor, of its first element.
+
+    So a tensor sharded over its first dimension, evenly or not and over any number of mesh dimensions, is rounded as
+    the whole one would be. Shards along another dimension, strided ones and plain tensors over a `process_group` draw
+    from ranges of their own: as random, but not the same for another number of shards. Replicas draw the same.
+    """
+    placements = getattr(tensor, "placements", None)
+    if placements is None:
+        return 0 if process_group is None else process_group.rank() * _FAR_APART
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    sharding = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
+    if not sharding:
+        return 0
+    if all(placements[i].is_shard(0) and type(placements[i]).__name__ == "Shard" for i in sharding):
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        _, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+        return int(offsets[0]) * (tensor.numel() // tensor.shape[0] if tensor.shape[0] else 0)
+    coordinate, index = mesh.get_coordinate(), 0
+    for i in sharding:
+        index = index * int(mesh.size(i)) + int(coordinate[i])
+    return index * _FAR_APART

@@ -1,0 +1,376 @@
+"""What an optimizer keeps of a parameter: which tensors in which formats, and how loaded ones are brought into them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+
+from adamw_kernels.formats import (
+    FIRST_SCALE,
+    GROUP,
+    MIN_8BIT_NUMEL,
+    compute_dtype,
+    ema_dtype,
+    moment_dtype,
+    param_format,
+    remainder_dtype,
+)
+from adamw_kernels.functional import local_view
+from adamw_kernels.options import FORMAT_OPTIONS, FURTHER_OPTIONS, check_update_bound
+from adamw_kernels.packing import merge_weight, pack_moments, split_weight, unpack_moments
+from adamw_kernels.tensor_watch import STATE_KEYS, same_layout
+
+# Largest step count, a float32, that the kernels' repeated squaring covers. As a float32 it stops growing at 2^24
+# anyway, when the bias corrections have long been 1.
+MAX_STEP = 2**31 - 128
+
+OF_8BIT = ("moment_groups", "exp_avg_sq_scale")
+"""State that 8-bit moments have beside exp_avg and exp_avg_sq."""
+
+
+class Formats(NamedTuple):
+    """How one parameter is stored: one of PARAM_FORMATS, one of MOMENT_FORMATS."""
+
+    param: str
+    moments: str
+
+    def covers(self, state: dict[str, Any]) -> bool:
+        """Whether nothing of another format is left in a state."""
+        extra = {*(() if remainder_dtype(self.param) else ("param_remainder",))}
+        extra |= {*(() if self.moments == "8bit" else OF_8BIT)}
+        return extra.isdisjoint(state)
+
+
+def formats_of(p: torch.Tensor, options: dict[str, Any]) -> Formats:
+    """The formats that a group's options give this parameter.
+
+    Under "8bit", float32 moments stay with parameters below MIN_8BIT_NUMEL elements and with DTensors whose shards
+    would cut a group of neighbours in two: their last dimension, or its shards, is no multiple of GROUP.
+    """
+    moments = options["moment_format"]
+    if moments == "8bit" and (p.numel() < MIN_8BIT_NUMEL or not _has_whole_groups(p)):
+        moments = "float32"
+    return Formats(param_format(p.dtype, options["param_format"]), moments)
+
+
+def _has_whole_groups(p: torch.Tensor) -> bool:
+    if not hasattr(p, "_local_tensor"):
+        return True
+    if p.ndim == 0 or p.shape[-1] % GROUP:
+        return False
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shard: Any = p
+    local = local_view(p)
+    *rows, last = local.shape
+    groups = (*p.shape[:-1], p.shape[-1] // GROUP)
+    shape, _ = compute_local_shape_and_global_offset(groups, shard.device_mesh, shard.placements)
+    return local.is_contiguous() and last % GROUP == 0 and tuple(shape) == (*rows, last // GROUP)
+
+
+def _new_groups(p: torch.Tensor) -> torch.Tensor:
+    """The words of 8-bit moments' groups: int16, 1-D; for a DTensor, one sharded as it is."""
+    if not hasattr(p, "_local_tensor"):
+        return torch.zeros(-(-p.numel() // GROUP), dtype=torch.int16, device=p.device)
+    import torch.distributed.tensor as distributed
+
+    shard: Any = p
+    groups: torch.Tensor = distributed.zeros(
+        *p.shape[:-1],
+        p.shape[-1] // GROUP,
+        dtype=torch.int16,
+        device_mesh=shard.device_mesh,
+        placements=shard.placements,
+    )
+    return groups
+
+
+def state_dtypes(p: torch.Tensor, options: dict[str, Any]) -> dict[str, torch.dtype]:
+    """Names and dtypes, of the local real memory, of everything that a stepped parameter's state holds."""
+    formats, compute = formats_of(p, options), compute_dtype(local_view(p).dtype)
+    wide = torch.bfloat16 if formats.moments == "bfloat16" else compute
+    dtypes = {"step": torch.float32} | dict.fromkeys(moment_keys(options["amsgrad"]), wide)
+    if formats.moments == "8bit":
+        dtypes |= {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
+        dtypes |= {"moment_groups": torch.int16, "exp_avg_sq_scale": torch.float32}
+    if options["ema_decay"] is not None:
+        dtypes["param_ema"] = torch.bfloat16 if options["ema_format"] == "bfloat16" else compute
+    remainder = remainder_dtype(formats.param)
+    return dtypes if remainder is None else dtypes | {"param_remainder": remainder}
+
+
+def moment_keys(amsgrad: bool) -> tuple[str, ...]:
+    """The moments that a step needs."""
+    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
+
+
+def local_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The same state with every tensor as its local, real memory; the user's own entries left out."""
+    return {key: local_view(state[key]) for key in STATE_KEYS if isinstance(state.get(key), torch.Tensor)}
+
+
+def moment_format_in(state: dict[str, Any]) -> str | None:
+    """The format in which the moments of a state are, whatever the options say; None where there are none."""
+    if "exp_avg" not in state:
+        return None
+    dtype = state["exp_avg"].dtype
+    return "8bit" if dtype == torch.int8 else "bfloat16" if dtype == torch.bfloat16 else "float32"
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def check_formats(name: str, p: torch.Tensor, group: dict[str, Any]) -> None:
+    """Refuse unknown formats, and averages or moments that would be far coarser than their parameter.
+
+    Raises:
+        ValueError, TypeError: naming the parameter.
+    """
+    options = FURTHER_OPTIONS | group
+    for key, accepted in FORMAT_OPTIONS.items():
+        if options[key] not in accepted and (key != "ema_format" or options["ema_decay"] is not None):
+            raise ValueError(f"{key} of {name} is {options[key]!r}; expected one of {', '.join(accepted)}")
+    check_update_bound(options["update_bound"], f"update_bound of {name}")
+    too_fine = p.dtype == torch.float64 or p.is_complex()
+    for key in ("moment_format", "ema_format"):
+        if too_fine and options[key] != "float32" and (key == "moment_format" or options["ema_decay"] is not None):
+            what = "moments" if key == "moment_format" else "average"
+            raise TypeError(
+                f"{name} has dtype {p.dtype}, and {key} is {options[key]!r}; expected a float32, bfloat16 or float16 "
+                f"parameter beside it. Use {key}='float32', which keeps the {what} in the compute dtype."
+            )
+    if options.get("amsgrad") and options["moment_format"] != "float32":
+        raise ValueError(
+            f"amsgrad=True beside moment_format={options['moment_format']!r} for {name}: a running maximum of values "
+            "that are rounded by chance only ever grows; expected moment_format='float32', or amsgrad=False"
+        )
+
+
+def check_adoptable(name: str, p: torch.Tensor, local: torch.Tensor, state: dict[str, Any]) -> None:
+    """Refuse a loaded or edited state that cannot be completed without losing something.
+
+    Raises:
+        ValueError, TypeError: naming the parameter, what it was, and the way out.
+    """
+    known = [key for key in ("step", "exp_avg", "exp_avg_sq") if key in state]
+    if known and len(known) != 3:
+        missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in state]
+        raise ValueError(
+            f"the state of {name} has {', '.join(known)} but no {', '.join(missing)}; expected all three or none. "
+            "Load a complete state, or delete the entry to start anew."
+        )
+    shaped = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "param_ema", "param_remainder")
+    for key in ("step", *shaped, *OF_8BIT):
+        if isinstance(state.get(key), torch.Tensor) and state[key].device.type == "meta":
+            raise ValueError(
+                f"{key} of {name} is on the meta device and has no values; expected a tensor that has. Load the state "
+                "again without mapping it to meta, or delete the entry to start anew."
+            )
+    if "step" in known:
+        step = state["step"]
+        if isinstance(step, torch.Tensor) and step.numel() != 1:
+            raise ValueError(f"step of {name} has shape {tuple(step.shape)}; expected one element.")
+        on_device = isinstance(step, torch.Tensor) and step.device == local.device and step.device.type != "cpu"
+        if not on_device and not (0 <= float(step) <= MAX_STEP and float(step) == int(step)):
+            raise ValueError(f"step of {name} is {float(step)}; expected a whole number from 0 to {MAX_STEP}.")
+    coded = _check_codes(name, local, state)
+    for key in shaped:
+        value = state.get(key)
+        if value is None:
+            continue
+        if key == "param_remainder":
+            if not isinstance(value, torch.Tensor) or value.dtype not in (torch.int8, torch.int16):
+                kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+                raise TypeError(f"{key} of {name} is {kind}; expected an int8 or int16 tensor.")
+        elif not coded or key not in ("exp_avg", "exp_avg_sq"):
+            if not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex()):
+                kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+                raise TypeError(f"{key} of {name} is {kind}; expected a floating-point tensor.")
+            if value.is_complex() != p.is_complex():
+                raise TypeError(f"{key} of {name} has dtype {value.dtype} beside a {p.dtype} parameter.")
+        if value.layout != torch.strided:
+            raise TypeError(
+                f"{key} of {name} has layout {value.layout}; expected a strided tensor. Make it dense with "
+                "`.to_dense()`."
+            )
+        view = local_view(value)
+        if view.shape != local.shape:
+            raise ValueError(
+                f"{key} of {name} has shape {tuple(view.shape)}, the parameter {tuple(local.shape)}; expected the same "
+                "shape. If the parameter was resized, delete its entry in the optimizer's state."
+            )
+        if (coded or key == "param_remainder") and not same_layout(view, local) and key != "param_ema":
+            # Codes of groups of neighbours mean nothing in another order, nor does their order come with them.
+            raise ValueError(
+                f"{key} of {name} has strides {view.stride()}, the parameter {local.stride()}; expected the same "
+                "memory layout. Load the state before the parameter's layout is changed, or export it."
+            )
+
+
+def _check_codes(name: str, local: torch.Tensor, state: dict[str, Any]) -> bool:
+    """Whether the moments are 8-bit codes.
+
+    Raises:
+        ValueError, TypeError: codes that do not belong together.
+    """
+    dtypes = {key: getattr(state.get(key), "dtype", None) for key in ("exp_avg", "exp_avg_sq", *OF_8BIT)}
+    if dtypes["exp_avg"] != torch.int8 and dtypes["exp_avg_sq"] != torch.uint8:
+        return False
+    expected = {
+        "exp_avg": torch.int8,
+        "exp_avg_sq": torch.uint8,
+        "moment_groups": torch.int16,
+        "exp_avg_sq_scale": torch.float32,
+    }
+    for key, dtype in expected.items():
+        if dtypes[key] != dtype:
+            found = "is missing" if dtypes[key] is None else f"has dtype {dtypes[key]}"
+            raise TypeError(
+                f"{key} of {name} {found}; expected {dtype}: moments in 8 bits are exp_avg (int8), exp_avg_sq (uint8), "
+                "moment_groups (int16) and exp_avg_sq_scale (float32) together. Load a complete state, or delete the "
+                "entry to start anew."
+            )
+    groups = -(-local.numel() // GROUP)
+    for key, numel in (("moment_groups", groups), ("exp_avg_sq_scale", 1)):
+        present = local_view(state[key]).numel()
+        if present != numel:
+            raise ValueError(
+                f"{key} of {name} has {present} elements; expected {numel} beside {local.numel()} "
+                "elements of the parameter. A state of 8-bit moments must be loaded into the same shards."
+            )
+    return True
+
+
+# --- completing -------------------------------------------------------------------------------------------------------
+
+
+def complete_state(
+    name: str, p: torch.Tensor, state: dict[str, Any], options: dict[str, Any], steps_seen: set[int]
+) -> None:
+    """Create what is missing in a parameter's state and bring the rest into the form that kernels read.
+
+    Loaded steps may be numbers or tensors of any dtype, shape or device; loaded moments may have another format, dtype,
+    device or layout. Nothing is narrowed but what the options' formats ask for, and float64 moments that a narrower
+    model inherited. What `check_adoptable` refuses must not come here.
+    """
+    local = local_view(p)
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=local.device)
+    else:
+        step = state["step"]
+        if not isinstance(step, torch.Tensor):
+            step = torch.tensor(float(step))
+        if step.dtype != torch.float32 or step.device != local.device or step.numel() != 1:
+            step = step.detach().reshape(()).to(device=local.device, dtype=torch.float32)
+        if step.data_ptr() in steps_seen:
+            step = step.clone()  # one counter for several parameters would be advanced several times
+        state["step"] = step
+    steps_seen.add(state["step"].data_ptr())
+
+    formats = formats_of(p, options)
+    _complete_moments(name, p, state, options, formats.moments)
+    _complete_remainder(name, p, state, remainder_dtype(formats.param))
+    if options["ema_decay"] is not None:
+        _complete_average(p, state, options)
+
+
+def like(p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros of the shape, device, sharding and layout of `p`."""
+    return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+
+
+def _placed(value: torch.Tensor, p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`value` itself or, where device, dtype or layout are others, a copy as the kernels want it."""
+    value = value.to(device=p.device, dtype=dtype)
+    return value if same_layout(local_view(value), local_view(p)) else like(p, dtype).copy_(value)
+
+
+def _replace(state: dict[str, Any], key: str, value: torch.Tensor) -> None:
+    if value is not state.get(key):
+        state[key] = value
+
+
+def _complete_moments(name: str, p: torch.Tensor, state: dict[str, Any], options: dict[str, Any], wanted: str) -> None:
+    present = moment_format_in(state)
+    if present == "8bit" and wanted == "8bit":
+        for key in ("exp_avg", "exp_avg_sq"):
+            _replace(state, key, state[key].to(p.device))
+        device = local_view(p).device
+        _replace(state, "moment_groups", state["moment_groups"].to(device))
+        _replace(state, "exp_avg_sq_scale", state["exp_avg_sq_scale"].to(device).reshape(()))
+        return
+    if present == "8bit":
+        wide = {key: like(p, torch.float32) for key in ("exp_avg", "exp_avg_sq")}
+        at = {key: value.to(local_view(p).device) for key, value in local_state(state).items()}
+        for target, value in zip(wide.values(), unpack_moments(at, local_view(p)), strict=True):
+            local_view(target).copy_(value)
+        state.update(wide)
+    for key in OF_8BIT:
+        state.pop(key, None)
+    if wanted == "8bit":
+        codes: dict[str, Any] = {"exp_avg": like(p, torch.int8), "exp_avg_sq": like(p, torch.uint8)}
+        codes["moment_groups"] = _new_groups(p)
+        codes["exp_avg_sq_scale"] = torch.full((), FIRST_SCALE, dtype=torch.float32, device=local_view(p).device)
+        if present is not None:
+            m, v = (local_view(_placed(state[key], p, torch.float32)) for key in ("exp_avg", "exp_avg_sq"))
+            pack_moments(m, v, local_state(codes))
+        state.update(codes)
+        return
+    dtype = torch.bfloat16 if wanted == "bfloat16" else moment_dtype(p.dtype)
+    for key in moment_keys(options["amsgrad"]):
+        if key not in state:
+            state[key] = like(p, dtype)
+            continue
+        if state[key].dtype == torch.float64 and dtype != torch.float64 and p.dtype != torch.float64:
+            warnings.warn(
+                f"{key} of {name} is float64 and its parameter {p.dtype}: it is rounded to {dtype}", stacklevel=2
+            )
+        _replace(state, key, _placed(state[key], p, dtype))
+
+
+def _complete_remainder(name: str, p: torch.Tensor, state: dict[str, Any], wanted: torch.dtype | None) -> None:
+    """A new remainder is 0: the weight is what it is. One in the other format is converted together with its weight."""
+    present = state.get("param_remainder")
+    if present is None and wanted is None:
+        return
+    if wanted is None:
+        if p.dtype not in (torch.bfloat16, torch.float16):
+            drop_remainder(name, p, state)
+        state.pop("param_remainder", None)
+        return
+    if present is None:
+        state["param_remainder"] = like(p, wanted)
+        return
+    present = present.to(p.device)
+    if present.dtype != wanted:
+        local = local_view(p)
+        values = merge_weight(local, local_view(present))
+        present = like(p, wanted)
+        split_weight(values, local, local_view(present))
+    _replace(state, "param_remainder", present)
+
+
+def drop_remainder(name: str, p: torch.Tensor, state: dict[str, Any]) -> None:
+    """Forget the rest of a weight whose dtype has changed since."""
+    warnings.warn(
+        f"{name} is {p.dtype} now and its param_remainder, the rest of a 16-bit weight, is dropped: the cast did not "
+        "know of it. Take fp32_weights() before changing a model's dtype.",
+        stacklevel=2,
+    )
+    del state["param_remainder"]
+
+
+def _complete_average(p: torch.Tensor, state: dict[str, Any], options: dict[str, Any]) -> None:
+    """A new average starts at the weight before this step's update."""
+    dtype = ema_dtype(p.dtype, options["ema_format"])
+    if "param_ema" in state:
+        _replace(state, "param_ema", _placed(state["param_ema"], p, dtype))
+        return
+    ema = state["param_ema"] = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
+    remainder = state.get("param_remainder")
+    if remainder is None:
+        ema.copy_(p)
+    else:
+        local_view(ema).copy_(merge_weight(local_view(p), local_view(remainder)))

@@ -1,0 +1,380 @@
+// The update of tensors whose weights or moments are stored in a form that arithmetic does not have: a few hundred
+// elements at a time are unpacked into float32, updated, and packed again, all within the first-level cache.
+//
+// Each stage is a loop of its own, which the compiler vectorises; a loop for every combination of formats would be a
+// hundred of them, and would not be vectorised where groups of sixteen meet.
+#pragma once
+
+#include "moments8.h"
+#include "philox.h"
+#include "rule.h"
+
+#ifdef __clang__
+#define ADAMW_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define ADAMW_VECTORIZE _Pragma("GCC ivdep")
+#endif
+
+namespace {
+
+constexpr int64_t kTile = 512;
+constexpr int64_t kTileGroups = kTile / kGroup;
+
+// Elements [begin, begin + count) of one tensor; `count` is kTile but for the tensor's last tile.
+struct Tile {
+  const TensorRow* row;
+  int64_t grad;
+  const Coefficients<float>* coefficients;
+  uint64_t key;
+  int64_t begin;
+  int64_t count;
+  alignas(64) float weight[kTile];
+  alignas(64) float gradient[kTile];
+  alignas(64) float first[kTile];
+  alignas(64) float second[kTile];
+  alignas(64) uint32_t word0[kTile];
+  alignas(64) uint32_t word1[kTile];
+  // Of moments in 8 bits: as they were, and what an element shares with its group.
+  alignas(64) float before[kTile];
+  alignas(64) float reference[kTile];
+  alignas(64) uint32_t bits[kTile];
+  alignas(64) uint32_t not_finite[kTile];
+  alignas(64) uint32_t first_octave[kTile];
+  alignas(64) uint32_t per_octave[kTile];
+  alignas(64) uint32_t reciprocal[kTile];
+  alignas(64) float step[kTile];
+  alignas(64) int8_t first_code[kTile];
+  alignas(64) uint8_t second_code[kTile];
+};
+
+template <typename T>
+T* elements(int64_t address, const Tile& tile) {
+  return reinterpret_cast<T*>(address) + tile.begin;
+}
+
+int64_t format_of(int64_t flags, int shift) { return (flags >> shift) & kFormatMask; }
+
+// --- weights --------------------------------------------------------------------------------------------------------
+
+template <typename P>
+void load_weights(Tile& tile) {
+  const P* p = elements<P>(tile.row->param, tile);
+  const int64_t count = tile.count;
+  ADAMW_VECTORIZE
+  for (int64_t i = 0; i < count; ++i) tile.weight[i] = load<float>(p + i);
+}
+
+template <typename P, typename Remainder, int kShift>
+void merge_weights(Tile& tile) {
+  const P* p = elements<P>(tile.row->param, tile);
+  const Remainder* remainder = elements<Remainder>(tile.row->remainder, tile);
+  const int64_t count = tile.count;
+  ADAMW_VECTORIZE
+  for (int64_t i = 0; i < count; ++i) {
+    tile.weight[i] = merge_weight<P>(p[i].bits, static_cast<int32_t>(remainder[i]) * (1 << kShift));
+  }
+}
+
+template <typename P>
+void store_weights(Tile& tile) {
+  P* p = elements<P>(tile.row->param, tile);
+  const int64_t count = tile.count;
+  ADAMW_VECTORIZE
+  for (int64_t i = 0; i < count; ++i) store(p + i, tile.weight[i]);
+}
+
+template <typename P>
+void store_weights_stochastically(Tile& tile) {
+  P* p = elements<P>(tile.row->param, tile);
+  const int64_t count = tile.count;
+  ADAMW_VECTORIZE
+  for (int64_t i = 0; i < count; ++i) {
+    store_stochastic(p + i, tile.weight[i], RandomBits{tile.word0[i], 0}.for_weight());
+  }
+}
+
+template <typename P, typename Remainder, int kKept>
+void split_weights(Tile& tile) {
+  P* p = elements<P>(tile.row->param, tile);
+  Remainder* remainder = elements<Remainder>(tile.row->remainder, tile);
+  constexpr bool kRandom = kKept < split_of<P>::kBits;
+  const int64_t count = tile.count;
+  ADAMW_VECTORIZE
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t random = kRandom ? RandomBits{tile.word0[i], 0}.for_weight() : 0u;
+    const SplitWeight split = split_weight<P, kKept>(tile.weight[i], random);
+    p[i].bits = split.weight;
+    remainder[i] = static_cast<Remainder>(split.remainder);
+  }
+}
+
+using TileStage = void (*)(Tile&);
+
+// [bfloat16, float16][ParamFormat]
+constexpr TileStage kLoadWeights[2][4] = {
+    {load_weights<bf16>, load_weights<bf16>, merge_weights<bf16, int8_t, split_of<bf16>::kBits - 8>,
+     merge_weights<bf16, int16_t, 0>},
+    {load_weights<fp16>, load_weights<fp16>, merge_weights<fp16, int8_t, split_of<fp16>::kBits - 8>,
+     merge_weights<fp16, int16_t, 0>},
+};
+constexpr TileStage kStoreWeights[2][4] = {
+    {store_weights<bf16>, store_weights_stochastically<bf16>, split_weights<bf16, int8_t, 8>,
+     split_weights<bf16, int16_t, split_of<bf16>::kBits>},
+    {store_weights<fp16>, store_weights_stochastically<fp16>, split_weights<fp16, int8_t, 8>,
+     split_weights<fp16, int16_t, split_of<fp16>::kBits>},
+};
+
+TileStage weight_stage(const TensorRow& row, const TileStage (&of_16_bits)[2][4], TileStage of_float32) {
+  const int64_t dtype = (row.flags >> kParamDtypeShift) & kDtypeMask;
+  return dtype == kF32 ? of_float32 : of_16_bits[dtype == kF16][format_of(row.flags, kParamFormatShift)];
+}
+
+// --- gradients
+// --------------------------------------------------------------------------------------------------------
+
+template <typename G>
+void load_gradients(Tile& tile) {
+  const G* g = elements<G>(tile.grad, tile);
+  const int64_t count = tile.count;
+  ADAMW_VECTORIZE
+  for (int64_t i = 0; i < count; ++i) tile.gradient[i] = load<float>(g + i);
+}
+
+// In the order of DtypeCode.
+constexpr TileStage kLoadGradients[kDtypes] = {load_gradients<float>, load_gradients<bf16>, load_gradients<fp16>,
+                                               nullptr};
+
+// --- moments
+// ----------------------------------------------------------------------------------------------------------
+
+template <typename M>
+void load_moments(Tile& tile) {
+  const M* m = elements<M>(tile.row->exp_avg, tile);
+  const M* v = elements<M>(tile.row->exp_avg_sq, tile);
+  const int64_t count = tile.count;
+  ADAMW_VECTORIZE
+  for (int64_t i = 0; i < count; ++i) {
+    tile.first[i] = load<float>(m + i);
+    tile.second[i] = load<float>(v + i);
+  }
+}
+
+void store_moments_wide(Tile& tile) {
+  memcpy(elements<float>(tile.row->exp_avg, tile), tile.first, tile.count * sizeof(float));
+  memcpy(elements<float>(tile.row->exp_avg_sq, tile), tile.second, tile.count * sizeof(float));
+}
+
+void store_moments_in_bf16(Tile& tile) {
+  bf16* m = elements<bf16>(tile.row->exp_avg, tile);
+  bf16* v = elements<bf16>(tile.row->exp_avg_sq, tile);
+  const int64_t count = tile.count;
+  ADAMW_VECTORIZE
+  for (int64_t i = 0; i < count; ++i) {
+    const RandomBits random = {0, tile.word1[i]};
+    store_stochastic(m + i, tile.first[i], random.for_first_moment());
+    store_stochastic(v + i, tile.second[i], random.for_second_moment());
+  }
+}
+
+void share_codebook(Tile& tile, int64_t begin, const Codebook& book) {
+  for (int64_t i = begin; i < begin + kGroup; ++i) {
+    tile.first_octave[i] = book.e;
+    tile.per_octave[i] = book.per_octave;
+    tile.reciprocal[i] = book.reciprocal;
+  }
+}
+
+Codebook codebook_of(const Tile& tile, int64_t i) {
+  return {tile.first_octave[i], tile.per_octave[i], tile.reciprocal[i]};
+}
+
+// Elements of a tile's groups: `count` and what lies behind a tensor's end, which is zero throughout.
+int64_t padded(const Tile& tile) { return (tile.count + kGroup - 1) / kGroup * kGroup; }
+
+void load_moments8(Tile& tile) {
+  const uint16_t* words = reinterpret_cast<const uint16_t*>(tile.row->groups) + tile.begin / kGroup;
+  const int64_t count = padded(tile);
+  memcpy(tile.first_code, elements<int8_t>(tile.row->exp_avg, tile), tile.count);
+  memcpy(tile.second_code, elements<uint8_t>(tile.row->exp_avg_sq, tile), tile.count);
+  for (int64_t i = tile.count; i < count; ++i) {
+    tile.first_code[i] = 0;
+    tile.second_code[i] = 0;
+    tile.weight[i] = tile.gradient[i] = 0.0f;
+  }
+  for (int64_t group = 0; group < count / kGroup; ++group) {
+    const uint32_t word = words[group];
+    share_codebook(tile, group * kGroup, make_codebook(word >> 8, (word >> 4) & 15));
+    const float step = ratio_step(word & 15);
+    for (int64_t i = group * kGroup; i < (group + 1) * kGroup; ++i) tile.step[i] = step;
+  }
+  const float unscale = tile.coefficients->unscale;
+  ADAMW_VECTORIZE
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t code = tile.second_code[i];
+    const Position at = position(code, codebook_of(tile, i));
+    tile.second[i] = decode_second(code, at, unscale);
+    tile.first[i] = tile.before[i] = decode_first(tile.first_code[i], reference_of(code, at), tile.step[i]);
+  }
+}
+
+// Codes of the second moment, whose ranges the groups agree on, and the ratios in `first`.
+void encode_second_moments(Tile& tile, uint16_t* words) {
+  const int64_t count = padded(tile);
+  const float rescale = tile.coefficients->rescale;
+  ADAMW_VECTORIZE
+  for (int64_t i = 0; i < count; ++i) {
+    bool not_finite;
+    tile.bits[i] = bits_of_second(tile.first[i], tile.second[i], rescale, not_finite);
+    tile.not_finite[i] = not_finite;
+  }
+  for (int64_t begin = 0; begin < count; begin += kGroup) {
+    uint32_t* bits = tile.bits + begin;
+    int32_t largest = 0, smallest_less_one = INT32_MAX;
+    for (int i = 0; i < kGroup; ++i) {
+      const auto x = static_cast<int32_t>(bits[i]);  // below 2^31; baseline x86 compares signed integers only
+      largest = x > largest ? x : largest;
+    }
+    for (int i = 0; i < kGroup; ++i)
+      bits[i] = forget_dead(bits[i], tile.first[begin + i], static_cast<uint32_t>(largest));
+    for (int i = 0; i < kGroup; ++i) {
+      const auto x = static_cast<int32_t>((bits[i] - 1u) & 0x7fffffffu);  // 0 becomes the largest
+      smallest_less_one = x < smallest_less_one ? x : smallest_less_one;
+    }
+    const auto upper = static_cast<uint32_t>(largest);
+    const uint32_t lower = upper == 0 ? 0u : static_cast<uint32_t>(smallest_less_one) + 1u;
+    const uint32_t mode = mode_of(lower, upper), e = first_octave(lower, upper, mode);
+    share_codebook(tile, begin, make_codebook(e, mode));
+    words[begin / kGroup] = static_cast<uint16_t>(e << 8 | mode << 4);
+  }
+  ADAMW_VECTORIZE
+  for (int64_t i = 0; i < count; ++i) {
+    const Codebook book = codebook_of(tile, i);
+    const uint32_t code = encode_second(tile.bits[i], book, RandomBits{0, tile.word1[i]}.for_second_moment());
+    const Position at = position(code, book);
+    tile.second_code[i] = static_cast<uint8_t>(code);
+    tile.reference[i] = reference_of(code, at);
+    tile.second[i] = tile.not_finite[i] ? 0.0f : tile.first[i] * inverse_of(code, at);  // the ratio
+  }
+}
+
+void store_moments8(Tile& tile) {
+  const int64_t count = padded(tile);
+  uint16_t words[kTileGroups];
+  encode_second_moments(tile, words);
+  for (int64_t begin = 0; begin < count; begin += kGroup) {
+    uint32_t largest = 0;
+    for (int64_t i = begin; i < begin + kGroup; ++i) {
+      const auto x = static_cast<int32_t>(float_bits(tile.second[i]) & 0x7fffffffu);
+      largest = static_cast<uint32_t>(x > static_cast<int32_t>(largest) ? x : static_cast<int32_t>(largest));
+    }
+    const uint32_t j = ratio_code(bits_float(largest));
+    words[begin / kGroup] = static_cast<uint16_t>(words[begin / kGroup] | j);
+    for (int64_t i = begin; i < begin + kGroup; ++i) tile.bits[i] = j;
+  }
+  ADAMW_VECTORIZE
+  for (int64_t i = 0; i < count; ++i) {
+    tile.first_code[i] =
+        static_cast<int8_t>(encode_first(tile.second[i], tile.first[i], tile.before[i], tile.reference[i], tile.bits[i],
+                                         tile.not_finite[i] != 0, RandomBits{0, tile.word1[i]}.for_first_moment()));
+  }
+  memcpy(reinterpret_cast<uint16_t*>(tile.row->groups) + tile.begin / kGroup, words, count / kGroup * sizeof(uint16_t));
+  memcpy(elements<int8_t>(tile.row->exp_avg, tile), tile.first_code, tile.count);
+  memcpy(elements<uint8_t>(tile.row->exp_avg_sq, tile), tile.second_code, tile.count);
+}
+
+// In the order of MomentFormat.
+constexpr TileStage kLoadMoments[kMomentFormats] = {load_moments<float>, load_moments<bf16>, load_moments8};
+constexpr TileStage kStoreMoments[kMomentFormats] = {store_moments_wide, store_moments_in_bf16, store_moments8};
+
+// --- a tile
+// -----------------------------------------------------------------------------------------------------------
+
+void draw(Tile& tile) {
+  const int64_t first = tile.row->first_element + tile.begin;
+  const uint64_t key = tile.key;
+  const int64_t count = tile.count;
+  ADAMW_VECTORIZE
+  for (int64_t i = 0; i < count; ++i) {
+    const RandomBits random = random_bits(key, first + i);
+    tile.word0[i] = random.word0;
+    tile.word1[i] = random.word1;
+  }
+}
+
+template <bool kWithAmsgrad, bool kWithVariants>
+void update_tile(Tile& tile) {
+  const Coefficients<float> c = *tile.coefficients;
+  const int64_t flags = tile.row->flags;
+  float* v_max = kWithAmsgrad ? elements<float>(tile.row->max_exp_avg_sq, tile) : nullptr;
+  const int64_t count = tile.count;
+  ADAMW_VECTORIZE
+  for (int64_t i = 0; i < count; ++i) {
+    float maximum = kWithAmsgrad ? v_max[i] : 0.0f;
+    adamw<kWithAmsgrad, kWithVariants, true>(tile.weight[i], tile.gradient[i], tile.first[i], tile.second[i], maximum,
+                                             c, flags);
+    if (kWithAmsgrad) v_max[i] = maximum;
+  }
+}
+
+// The moving average of the weights as they now are remembered.
+void average_tile(Tile& tile) {
+  const float weight_of_new = tile.coefficients->ema;
+  const int64_t count = tile.count;
+  if (tile.row->flags & kEmaBfloat16) {
+    bf16* ema = elements<bf16>(tile.row->ema, tile);
+    ADAMW_VECTORIZE
+    for (int64_t i = 0; i < count; ++i) {
+      const float average = moving_average(load<float>(ema + i), tile.weight[i], weight_of_new);
+      store_stochastic(ema + i, average, RandomBits{tile.word0[i], 0}.for_average());
+    }
+  } else {
+    float* ema = elements<float>(tile.row->ema, tile);
+    ADAMW_VECTORIZE
+    for (int64_t i = 0; i < count; ++i) ema[i] = moving_average(ema[i], tile.weight[i], weight_of_new);
+  }
+}
+
+// Whether these tensors take this way at all.
+bool is_packed(int64_t flags) {
+  return format_of(flags, kParamFormatShift) != kNative || format_of(flags, kMomentFormatShift) != kMomentsWide;
+}
+
+bool is_random(int64_t flags) {
+  const int64_t param_format = format_of(flags, kParamFormatShift);
+  return (flags & kEmaBfloat16) || param_format == kStochastic || param_format == kSplit24 ||
+         format_of(flags, kMomentFormatShift) != kMomentsWide;
+}
+
+// Elements [begin, end) of a tensor; `begin` is a multiple of kGroup.
+void update_packed(const TensorRow& row, int64_t grad, int64_t coefficients, int64_t begin, int64_t end) {
+  const int64_t flags = row.flags, moment_format = format_of(flags, kMomentFormatShift);
+  const TileStage load_weight = weight_stage(row, kLoadWeights, load_weights<float>);
+  const TileStage store_weight = weight_stage(row, kStoreWeights, store_weights<float>);
+  Tile tile;
+  tile.row = &row;
+  tile.grad = grad;
+  tile.coefficients = reinterpret_cast<const Coefficients<float>*>(coefficients);
+  memcpy(&tile.key, reinterpret_cast<const char*>(coefficients) + kKeyOffset, sizeof(tile.key));
+  for (tile.begin = begin; tile.begin < end; tile.begin += kTile) {
+    tile.count = tile.begin + kTile < end ? kTile : end - tile.begin;
+    load_weight(tile);
+    kLoadGradients[(flags >> kGradDtypeShift) & kDtypeMask](tile);
+    kLoadMoments[moment_format](tile);
+    if (is_random(flags)) draw(tile);
+    if (flags & kAmsgrad) {
+      update_tile<true, true>(tile);
+    } else if (flags & kVariants) {
+      update_tile<false, true>(tile);
+    } else {
+      update_tile<false, false>(tile);
+    }
+    store_weight(tile);
+    kStoreMoments[moment_format](tile);
+    if (flags & kEma) {
+      load_weight(tile);
+      average_tile(tile);
+    }
+  }
+}
+
+}  // namespace
