@@ -108,7 +108,7 @@ def export_state_dict(opt: FusedAdamW, target: str) -> dict[str, Any]:
         for p, key in zip(own["params"], packed["params"], strict=True):
             if key in exported["state"]:
                 states[key] = _torch_state(p, exported["state"][key], own["amsgrad"])
-        for option in FURTHER_OPTIONS:
+        for option in (*FURTHER_OPTIONS, "seed"):
             packed.pop(option, None)
     return {**exported, "state": states}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import operator
 import warnings
@@ -18,7 +17,7 @@ from adamw_kernels import backends, interchange
 from adamw_kernels.control import StepControl, Verdict
 from adamw_kernels.functional import is_capturing
 from adamw_kernels.options import FURTHER_OPTIONS, WHOLE_OPTIONS, check_options, check_skip_norm
-from adamw_kernels.state import Formats, check_formats
+from adamw_kernels.state import Formats, check_formats, copy_to
 from adamw_kernels.stepper import Options, Stepper, param_name
 
 if TYPE_CHECKING:
@@ -509,6 +508,16 @@ class FusedAdamW(Optimizer):
 
     # --- state ------------------------------------------------------------------------------------------------------
 
+    def state_dict(self) -> StateDict:
+        """As torch's; where anything is rounded by chance, the groups also name the seed, so that a run resumes."""
+        result = super().state_dict()
+        groups, seed = result["param_groups"], self._internals.options.seed
+        by_chance = ("param_format", "moment_format", "ema_format")
+        if seed or any(key in group for group in groups for key in by_chance):
+            for group in groups:
+                group["seed"] = seed
+        return result
+
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load the state of a FusedAdamW, `torch.optim.AdamW` or `torch.optim.Adam`, at any step.
 
@@ -538,12 +547,14 @@ class FusedAdamW(Optimizer):
         def unshield(_: Optimizer) -> None:
             for group, options in zip(self.param_groups, kept, strict=True):
                 group.update(options)
+                own = self._internals
+                own.options = own.options._replace(seed=group.pop("seed", own.options.seed))
             for p, entry in self.state.items():
                 if not isinstance(entry, dict):
                     continue
                 for name, value in entry.items():
                     if isinstance(value, _Shielded):
-                        entry[name] = _copy_to(p.device if isinstance(p, torch.Tensor) else None, value.value)
+                        entry[name] = copy_to(p.device if isinstance(p, torch.Tensor) else None, value.value)
 
         before = self.register_load_state_dict_pre_hook(shield)  # last: the user's own hooks see plain tensors
         after = self.register_load_state_dict_post_hook(unshield, prepend=True)  # first, likewise
@@ -583,15 +594,3 @@ def _bring_back(params: list[torch.Tensor], weights: list[torch.Tensor]) -> None
                 error = error or failure
     if error is not None:
         raise error
-
-
-def _copy_to(device: torch.device | None, value: Any) -> Any:
-    """A copy of a state value, its tensors on `device` (None: where they are) in their own dtypes."""
-    if isinstance(value, torch.Tensor):
-        # Nothing can be copied from meta; the next step says so, and names the parameter.
-        return value.detach() if value.is_meta else value.detach().to(device=device or value.device, copy=True)
-    if isinstance(value, dict):
-        return {key: _copy_to(device, item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_copy_to(device, item) for item in value)
-    return copy.deepcopy(value)

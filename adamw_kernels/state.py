@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any, NamedTuple
 
@@ -374,3 +375,15 @@ def _complete_average(p: torch.Tensor, state: dict[str, Any], options: dict[str,
         ema.copy_(p)
     else:
         local_view(ema).copy_(merge_weight(local_view(p), local_view(remainder)))
+
+
+def copy_to(device: torch.device | None, value: Any) -> Any:
+    """A copy of a state value, its tensors on `device` (None: where they are) in their own dtypes."""
+    if isinstance(value, torch.Tensor):
+        # Nothing can be copied from meta; the next step says so, and names the parameter.
+        return value.detach() if value.is_meta else value.detach().to(device=device or value.device, copy=True)
+    if isinstance(value, dict):
+        return {key: copy_to(device, item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(copy_to(device, item) for item in value)
+    return copy.deepcopy(value)

@@ -258,13 +258,13 @@ def run_curves(options: argparse.Namespace, environment: Environment, folder: Pa
 def run_plot(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
     """Draws the figures from the rows in the folder."""
     try:
-        from bench import plot, plot_loop
+        from bench import plot, plot_curves, plot_loop
     except ImportError as error:
         print(f"plot: {error}. Install matplotlib (`pip install matplotlib`) and run `python -m bench plot`.")
         return False
-    loop_figure = plot_loop.draw(folder)
-    if loop_figure is not None:
-        print(loop_figure)
+    for figure in (plot_loop.draw(folder), plot_curves.draw(folder)):
+        if figure is not None:
+            print(figure)
     try:
         print(plot.draw(folder))
     except plot.NoRowsError as error:

@@ -48,9 +48,9 @@ class Entry:
     update_error: float
 
 
-# float32 moments: what contenders.py allows. bfloat16: torch's, and ours, which round by chance. 8 bits: three roundings
-# of m, each by up to 1/254 of its group's largest ratio, and of v, whose codes are up to 10 % apart where a group spans
-# 32 octaves; published ones scale blocks of 128 or 256 by their largest element, and small ones become 0.
+# float32 moments: as check.py. bfloat16: torch's, and ours, which round by chance. 8 bits: three roundings of m, each
+# by up to 1/254 of its group's largest ratio, and of v, whose codes are up to 10 % apart where a group spans 32
+# octaves; published ones scale blocks of 128 or 256 by their largest element, and small ones become 0.
 ERRORS = {"float32": 1e-4, "bfloat16": 4e-2, "8bit": 0.15}
 PUBLISHED_8BIT = 4.0
 

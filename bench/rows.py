@@ -317,7 +317,7 @@ class FormatRow:
         p20_us: 20th percentile.
         p80_us: 80th percentile.
         gb_s: 1e9 bytes a second, from moved_bytes_per_param and median_us.
-        speedup_over_torch_float32: Time of torch's fused AdamW on float32 over this one's, median of the rounds' ratios.
+        speedup_over_torch_float32: Time of torch's fused AdamW on float32 over this one's, median of the ratios.
         speedup_over_torch_bfloat16: The same of torch's on bfloat16 weights, whose moments are bfloat16 too.
         checked_steps: Steps compared with float64 AdamW before timing.
         check_error: Largest error of a parameter after them, as a fraction of the tolerance.
