@@ -48,10 +48,11 @@ class Entry:
     update_error: float
 
 
-# float32 moments: as check.py. bfloat16: torch's, and ours, which round by chance. 8 bits: three roundings of m, each
-# by up to 1/254 of its group's largest ratio, and of v, whose codes are up to 10 % apart where a group spans 32
-# octaves; published ones scale blocks of 128 or 256 by their largest element, and small ones become 0.
-ERRORS = {"float32": 1e-4, "bfloat16": 4e-2, "8bit": 0.15}
+# float32 moments: as check.py. bfloat16: torch's, and ours, which round by chance. 8 bits: three roundings of m and of v,
+# whose codes are up to 10 % apart where a group spans 32 octaves, and beyond them v is kept too large: the worst of 16 Mi
+# elements strays 0.24 lr a step. Published ones scale blocks of 128 or 256 by their largest element, and small ones
+# become 0.
+ERRORS = {"float32": 1e-4, "bfloat16": 4e-2, "8bit": 0.35}
 PUBLISHED_8BIT = 4.0
 
 OUR_FORMATS = (
@@ -63,12 +64,12 @@ OUR_FORMATS = (
 )
 
 
-def peer(module: str, name: str, *, betas: str = "betas") -> Callable[..., Optimizer]:
+def peer(module: str, name: str) -> Callable[..., Optimizer]:
     """A builder of a peer's optimizer, imported when it is built."""
 
     def build(groups: ParamGroups, **options: object) -> Optimizer:
         made: Callable[..., Optimizer] = getattr(importlib.import_module(module), name)
-        return made(groups, **{betas: BETAS}, eps=EPS, **options)
+        return made(groups, lr=1e-3, betas=BETAS, eps=EPS, **options)  # optimi has no default lr
 
     return build
 
@@ -140,7 +141,9 @@ def measure(device: torch.device, *, seconds: float) -> tuple[list[rows.Row], di
             reasons[key] = reason
             continue
         optimizer = entry.build(masters[entry.dtype].clone_groups())
-        tolerance = check.Tolerance(check.TOLERANCES[entry.dtype].rounding, entry.update_error)
+        # By chance a weight moves by up to a whole unit of its last place, to nearest by half of one.
+        units = 2 if entry.param_format == "stochastic" else 1
+        tolerance = check.Tolerance(units * check.TOLERANCES[entry.dtype].rounding, entry.update_error)
         try:
             error = check.check(optimizer, masters[entry.dtype], truths[entry.dtype], tolerance)
         except check.CheckFailedError as failure:

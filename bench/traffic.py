@@ -45,4 +45,14 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
         values: Iterable[object] = state.values()
         for value in values:
             if isinstance(value, torch.Tensor) and value.numel() >= MIN_STATE_ELEMENTS:
-                yield value
+                yield from stored_tensors(value)
+
+
+def stored_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that a wrapper (torchao's quantised state) really keeps; a plain tensor itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from stored_tensors(getattr(tensor, name))
