@@ -48,10 +48,10 @@ class Entry:
     update_error: float
 
 
-# float32 moments: as check.py. bfloat16: torch's, and ours, which round by chance. 8 bits: three roundings of m and of v,
-# whose codes are up to 10 % apart where a group spans 32 octaves, and beyond them v is kept too large: the worst of 16 Mi
-# elements strays 0.24 lr a step. Published ones scale blocks of 128 or 256 by their largest element, and small ones
-# become 0.
+# float32 moments: as check.py. bfloat16: torch's, and ours, which round by chance. 8 bits: three roundings of m and of
+# v, whose codes are up to 10 % apart where a group spans 32 octaves, and beyond them v is kept too large: the worst of
+# 16 Mi elements strays 0.24 lr a step. Published ones scale blocks of 128 or 256 by their largest element, and small
+# ones become 0.
 ERRORS = {"float32": 1e-4, "bfloat16": 4e-2, "8bit": 0.35}
 PUBLISHED_8BIT = 4.0
 
