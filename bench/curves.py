@@ -19,7 +19,7 @@ from bench import rows
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SEEDS = (1337, 1338, 1339)
-STEPS = 500
+STEPS = 360
 LOG_EVERY = 10  # steps averaged in a row
 VALIDATIONS = 5
 
