@@ -35,12 +35,6 @@ def moment_dtype(param_dtype: torch.dtype) -> torch.dtype:
     return param_dtype if param_dtype.is_complex else compute_dtype(param_dtype)
 
 
-def moment_like(param: torch.Tensor) -> torch.Tensor:
-    """A zero moment for `param`: its shape, device and layout, in `moment_dtype`."""
-    dtype = moment_dtype(param.dtype)
-    return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-
-
 PARAM_FORMATS = ("native", "stochastic", "split24", "split32")
 """How a 16-bit weight remembers what its dtype cannot hold, in the order of `ParamFormat` in csrc/launch_table.h."""
 

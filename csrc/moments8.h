@@ -2,17 +2,16 @@
 //
 // Sixteen neighbours, in the order of the tensor's memory, share a word: e << 8 | mode << 4 | j.
 //
-// * v is held as x = v * scale. The scale grows by 1 / beta2 a step and falls by half where it reaches 2^25, so that a
-// v
-//   that merely decays moves by nothing or by exactly one octave: only what gradients add is rounded. Codes 1 to 255
-//   stand for the octaves from 2^(e-127) up, N of them an octave, N being 254 / (number of octaves that `mode` says);
-//   the range follows the group's smallest and largest v. Always rounded stochastically: at beta2 = 0.999 v moves a
-//   tenth of a code step. Code 0 is v = 0, to which no other v is ever rounded.
-// * m is held as a multiple of s = sqrt(x) to within 1 to 1.5, a power of two or 4/3 of one that the octave of the code
-// of
-//   v tells, in 127ths of the group's largest ratio, which `j` tells to half an octave. So whatever is lost of v, the
+// * v is held as x = v * scale. The scale grows by 1 / beta2 a step and falls by half where it reaches 2^25, so a v that
+//   merely decays moves by nothing or by one octave, but for a float32's last bits: what gradients add is rounded.
+//   Codes 1 to 255 stand for the octaves from 2^(e-127) up, N of them an octave, N being 254 / (number of octaves that
+//   `mode` says); the range follows the group's smallest and largest v. Always rounded stochastically: at beta2 = 0.999
+//   v moves a tenth of a code step. Code 0 is v = 0, to which no other v is ever rounded.
+// * m is held as a multiple of s = sqrt(x) to within 1 to 1.5, a power of two or 4/3 of one that the octave of v's code
+//   tells, in 127ths of the group's largest ratio, which `j` tells to half an octave. So whatever is lost of v, the
 //   update m / sqrt(v) stays bounded. Rounded to nearest where m moved by two steps of its code or more (gradient
-//   noise dithers it), stochastically where it moved less. -128 is NaN: what was not finite stays where it was.
+//   noise dithers it), ties upwards, stochastically where it moved less. -128 is NaN: what was not finite stays where
+//   it was.
 // * An element without gradients, whose m has become 0, is forgotten when its v falls 16 octaves behind its group's
 //   largest: it would cost its neighbours their resolution.
 //

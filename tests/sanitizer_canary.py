@@ -6,7 +6,7 @@ nothing. Run by hand in an ordinary build, it corrupts memory.
 
 import torch
 
-from adamw_kernels import backends, formats
+from adamw_kernels import backends
 from adamw_kernels.launch_table import ROW_NUMEL, LaunchPlan, TensorSpec
 
 param, grad = torch.zeros(1024), torch.zeros(1024)
@@ -14,8 +14,8 @@ spec = TensorSpec(
     name="canary",
     param=param,
     grad_dtype=torch.float32,
-    exp_avg=formats.moment_like(param),
-    exp_avg_sq=formats.moment_like(param),
+    exp_avg=torch.zeros_like(param),
+    exp_avg_sq=torch.zeros_like(param),
     max_exp_avg_sq=None,
     step=torch.zeros(()),
     hyper=0,

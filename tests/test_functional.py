@@ -23,7 +23,7 @@ from torch.optim.adamw import adamw
 
 import adamw_kernels
 from adamw_kernels import FusedAdamW, backends, fused_adamw_
-from adamw_kernels.formats import moment_like
+from adamw_kernels.formats import moment_dtype
 
 # The interpreter computes with NumPy, which warns of divisions by zero on masked lanes.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -47,9 +47,9 @@ def make_lists(params: list[torch.Tensor], *, grad_dtype: torch.dtype | None = N
         grad = torch.randn(p.shape, generator=rng, dtype=p.dtype if p.is_complex() else torch.float32)
         lists["params"].append(p)
         lists["grads"].append(torch.empty_like(p, dtype=grad_dtype).copy_(grad))
-        lists["exp_avgs"].append(moment_like(p))
-        lists["exp_avg_sqs"].append(moment_like(p))
-        lists["max_exp_avg_sqs"].append(moment_like(p))
+        lists["exp_avgs"].append(torch.zeros_like(p, dtype=moment_dtype(p.dtype)))
+        lists["exp_avg_sqs"].append(torch.zeros_like(p, dtype=moment_dtype(p.dtype)))
+        lists["max_exp_avg_sqs"].append(torch.zeros_like(p, dtype=moment_dtype(p.dtype)))
         lists["state_steps"].append(torch.zeros((), device=p.device))
     return lists
 
