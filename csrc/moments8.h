@@ -2,8 +2,8 @@
 //
 // Sixteen neighbours, in the order of the tensor's memory, share a word: e << 8 | mode << 4 | j.
 //
-// * v is held as x = v * scale. The scale grows by 1 / beta2 a step and falls by half where it reaches 2^25, so a v that
-//   merely decays moves by nothing or by one octave, but for a float32's last bits: what gradients add is rounded.
+// * v is held as x = v * scale. The scale grows by 1 / beta2 a step and falls by half where it reaches 2^25, so a v
+//   that merely decays moves by nothing or one octave, but for a float32's last bits: what gradients add is rounded.
 //   Codes 1 to 255 stand for the octaves from 2^(e-127) up, N of them an octave, N being 254 / (number of octaves that
 //   `mode` says); the range follows the group's smallest and largest v. Always rounded stochastically: at beta2 = 0.999
 //   v moves a tenth of a code step. Code 0 is v = 0, to which no other v is ever rounded.
