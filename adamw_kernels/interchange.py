@@ -32,7 +32,10 @@ def _members(opt: FusedAdamW) -> Iterator[tuple[str, torch.Tensor, dict[str, Any
     """(name, parameter, options) of every parameter, in order."""
     for index, group in enumerate(opt.param_groups):
         for position, p in enumerate(group["params"]):
-            yield param_name(group, index, position), p, FURTHER_OPTIONS | group
+            name = param_name(group, index, position)
+            for stepper in opt._internals.steppers_of(p):
+                stepper.forget_recast(name, p)
+            yield name, p, FURTHER_OPTIONS | group
 
 
 def formats(opt: FusedAdamW) -> dict[torch.Tensor, Formats]:

@@ -57,6 +57,11 @@ class _Internals:
         # Plans that CUDA graphs replay. Nobody tells when a graph is gone, and it must not outlive its tables.
         self.captured: list[LaunchPlan | None] = []
 
+    def steppers_of(self, p: torch.Tensor) -> list[Stepper]:
+        """What may have stepped a parameter: one for all, or its own where gradients are released."""
+        own = None if self.release is None else self.release._steppers.get(id(p))
+        return [stepper for stepper in (self.stepper, own) if stepper is not None]
+
 
 class FusedAdamW(Optimizer):
     r"""AdamW in one pass over memory: a drop-in for `torch.optim.AdamW`.

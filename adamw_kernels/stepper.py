@@ -166,6 +166,16 @@ class Stepper:
             self._captured = self.plan
         del relaid
 
+    def forget_recast(self, name: str, p: torch.Tensor) -> None:
+        """Drop the remainder of a weight that was cast since the last step: bfloat16's and float16's look alike."""
+        before = self.members.get(id(p))
+        if before is None or before.param_dtype == p.dtype:
+            return
+        del self.members[id(p)]  # what will be loaded after this belongs to the new dtype
+        self.plan = None
+        if "param_remainder" in self.state.get(p, {}):
+            drop_remainder(name, p, self.state[p])
+
     def upload_hyperparameters(self) -> None:
         """Bring the devices' hyperparameter rows up to date without a step.
 
@@ -349,9 +359,7 @@ class Stepper:
         for name, group, p, position in candidates.values():
             options = FURTHER_OPTIONS | self.groups[group]
             if p.grad is not None:
-                before = self.members.get(id(p))
-                if before is not None and before.param_dtype != p.dtype and "param_remainder" in self.state[p]:
-                    drop_remainder(name, p, self.state[p])  # bfloat16's and float16's look alike
+                self.forget_recast(name, p)
                 complete_state(name, p, self.state[p], options, steps_seen)
             try:
                 spec = self._spec(name, group, p, position)

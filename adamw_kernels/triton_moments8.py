@@ -125,7 +125,7 @@ def _encode_first(ratio, m, before, reference, j, not_finite, random):
     moved = m - before
     distance = tl.abs(moved)
     two_steps = (reference * _ratio_step(j)) * 2.0
-    threshold = tl.where(distance < two_steps, random.to(tl.float32) * _TWO_TO_MINUS_16, 0.5)
+    threshold = tl.where(distance < two_steps, random, (random & 1) + 0x7FFF).to(tl.float32) * _TWO_TO_MINUS_16
     z = ratio * _steps_per_ratio(j)
     z = tl.where(z > 127.0, 127.0, z)
     z = tl.where(z < -127.0, -127.0, z)

@@ -10,7 +10,7 @@
 // * m is held as a multiple of s = sqrt(x) to within 1 to 1.5, a power of two or 4/3 of one that the octave of v's code
 //   tells, in 127ths of the group's largest ratio, which `j` tells to half an octave. So whatever is lost of v, the
 //   update m / sqrt(v) stays bounded. Rounded to nearest where m moved by two steps of its code or more (gradient
-//   noise dithers it), ties upwards, stochastically where it moved less. -128 is NaN: what was not finite stays where
+//   noise dithers it), stochastically where it moved less. -128 is NaN: what was not finite stays where
 //   it was.
 // * An element without gradients, whose m has become 0, is forgotten when its v falls 16 octaves behind its group's
 //   largest: it would cost its neighbours their resolution.
@@ -151,13 +151,14 @@ ADAMW_HD int32_t encode_first(float ratio, float m, float before, float referenc
                               uint32_t random) {
   const float moved = m - before, distance = moved < 0.0f ? -moved : moved;
   const float two_steps = 2.0f * (reference * ratio_step(j));
-  const float threshold = distance < two_steps ? static_cast<float>(random) * 0x1p-16f : 0.5f;
+  // To nearest: the chance bit breaks ties, else an m that decays by a fixed factor would lag behind.
+  const uint32_t threshold = distance < two_steps ? random : 0x7fffu + (random & 1u);
   float z = ratio * steps_per_ratio(j);
   z = z > 127.0f ? 127.0f : z;
   z = z < -127.0f ? -127.0f : z;
   z = not_finite ? 0.0f : z;
   // Truncation of what is above 0: SSE2 has no floor.
-  const int32_t code = static_cast<int32_t>(z + (threshold + 128.0f)) - 128;
+  const int32_t code = static_cast<int32_t>(z + (static_cast<float>(threshold) * 0x1p-16f + 128.0f)) - 128;
   return not_finite ? kNotFinite : code;
 }
 

@@ -295,7 +295,8 @@ def encode_moments(
         j = np.clip(240 - ((largest_ratio + 0x3FFFFF) >> 22), 0, 15)
         two_steps = np.float32(2) * (reference_of(second, octave) * ratio_step(j))
         still = np.abs(m - before) < two_steps
-        threshold = np.where(still, (words & 0xFFFF).astype(np.float32) * np.float32(2.0**-16), np.float32(0.5))
+        lower = words & 0xFFFF
+        threshold = np.where(still, lower, 0x7FFF + (lower & 1)).astype(np.float32) * np.float32(2.0**-16)
         z = np.clip(ratio * steps_per_ratio(j), np.float32(-127), np.float32(127))
         first = np.where(not_finite, NOT_FINITE, (z + (threshold + np.float32(128))).astype(np.int64) - 128)
     return (

@@ -28,7 +28,7 @@ from problems import stored
 from tolerances import tolerance
 from torch.distributed.checkpoint import state_dict as dcp
 
-from adamw_kernels import FusedAdamW
+from adamw_kernels import FusedAdamW, release_gradients
 from adamw_kernels.formats import MOMENT_FORMATS, PARAM_FORMATS
 from adamw_kernels.packing import in_memory_order, pack_moments, unpack_moments
 
@@ -720,6 +720,35 @@ def test_retyped_model_drops_the_rest_of_its_weights(device: torch.device, cast:
     for p, was in zip(model.parameters(), start, strict=True):
         assert torch.equal(p, was)
         assert ("param_remainder" in opt.state[p]) == (cast == "half")
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_weights_of_a_model_recast_since_the_last_step(device: torch.device, released: bool) -> None:
+    """Asked for before the next step, weights are the cast ones; those that are then loaded are kept in full."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(67, 63, device=device, dtype=torch.bfloat16)
+    opt = FusedAdamW(model.parameters(), **HYPER)
+    if released:
+        release_gradients(model, opt)
+
+    def step() -> None:
+        model(torch.ones(2, 67, dtype=model.weight.dtype, device=device)).sum().backward()
+        opt.step()
+        opt.zero_grad()
+
+    step()
+    kept = {p: weight / 8 for p, weight in opt.fp32_weights().items()}
+    model.half()
+    with pytest.warns(UserWarning, match="is torch.float16 now and its param_remainder"):
+        weights = opt.fp32_weights()
+    assert all(torch.equal(weights[p], p.float()) for p in model.parameters())
+    opt.load_fp32_weights(kept)
+    for group in opt.param_groups:
+        group["lr"] = 0.0
+    step()
+    for p, weight in opt.fp32_weights().items():
+        normal = kept[p].abs() >= 2.0**-14  # below, float16's remainder keeps multiples of 2^-37
+        assert torch.equal(weight[normal], kept[p][normal]) and normal.any()
 
 
 # --- while averages are shown -----------------------------------------------------------------------------------------

@@ -287,9 +287,10 @@ def test_codes_worked_by_hand() -> None:
     Its word says exponent 127, one octave, and that ratios reach 2^-14, 14 half octaves below 2^-7. s is 1 throughout.
     """
     v = float32(1.0, 1.5, 2 - 2.0**-23, *[1.25] * 13)
-    first, second, groups = encode(float32(1.0, 0.0, -1.0, *[0.5] * 13) * UNIT, v)
+    chance = np.arange(16).astype(np.uint32)
+    first, second, groups = encode(float32(1.0, 0.0, -1.0, *[0.5] * 13) * UNIT, v, words=chance)
     assert second[:3].tolist() == [1, 128, 254]
-    assert first[:4].tolist() == [127, 0, -127, 64]  # 63.5 and a half
+    assert first[:5].tolist() == [127, 0, -127, 64, 63]  # 63.5 twice: chance breaks ties
     assert bits(groups).tolist() == [127 << 8 | 0 << 4 | 14]
     m, decoded = decode_moments(first, second, groups, np.float32(1))
     assert decoded[:2].tolist() == [1.0, 1.5]

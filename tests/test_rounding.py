@@ -287,6 +287,37 @@ def outcomes(device: torch.device, t: int = 1, seed: int = 0, position: int = 0)
     return found
 
 
+Outcomes = Callable[..., dict[str, torch.Tensor]]
+CODED_FIELDS = ("weight", "first code", "second code")
+
+
+def coded_outcomes(device: torch.device, t: int = 1, seed: int = 0, position: int = 0) -> dict[str, torch.Tensor]:
+    """As `outcomes`, of 8-bit moments: of 14 in 16 neighbours, of which two set the range."""
+    rounded = Rounded(device, PAIRED // 14 * 16, param="bfloat16", param_format="stochastic", moment_format="8bit")
+    rounded.step.fill_(t - 1)
+    rounded.param.fill_(1 + 2.0**-7)
+    rounded.exp_avg.fill_(60)
+    rounded.exp_avg.view(-1, 16)[:, 0] = 127
+    rounded.exp_avg_sq.fill_(100)
+    rounded.groups.fill_(127 << 8 | 4)
+    _, v = decoded(rounded, 0, 100)
+    step = decoded(rounded, 1, 100)[0]
+    gradient = 60.4 * step  # m moves by less than a step of its code
+    rounded.grad.fill_(gradient)
+    rounded.grad.view(-1, 16)[:, 0] = 127 * step
+    _, above = decoded(rounded, 0, 101)
+    beta2 = 1 - 0.4 * (above - v) / gradient**2  # and v, whose decay the scale makes up for, to between two codes
+    update = gradient / math.sqrt(v / (1 - beta2**t))
+    rounded.update(BETAS_OF_ZERO | dict(lr=2.0**-8 / update, beta2=beta2), seed, position)
+    found = {}
+    for name, tensor in zip(CODED_FIELDS, (rounded.param, rounded.exp_avg, rounded.exp_avg_sq), strict=True):
+        others = of_others(tensor)
+        up = (others > others.min()).double()
+        assert len(shares(others)) == 2 and 0.1 < up.mean().item() < 0.9, (name, shares(others))
+        found[name] = (up - up.mean()) / up.std()
+    return found
+
+
 def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
     """Return the mean product of two centred variables of variance 1."""
     return float((a * b).mean())
@@ -297,11 +328,11 @@ def assert_independent(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
     assert abs(correlation(a, b)) <= STANDARD_ERRORS / math.sqrt(a.numel()), (what, correlation(a, b))
 
 
-def test_neighbours_are_rounded_independently(device: torch.device) -> None:
-    """Elements 1, 2, 15, 16, 17, 512 and 2^20 apart, in every field."""
-    found = outcomes(device)
-    for name, distance in itertools.product(FIELDS, (1, 2, 15, 16, 17, 512, 1 << 20)):
-        assert_independent(found[name][:-distance], found[name][distance:], f"{name}, {distance} apart")
+@pytest.mark.parametrize("outcomes", [outcomes, coded_outcomes])
+def test_neighbours_are_rounded_independently(device: torch.device, outcomes: Outcomes) -> None:
+    """Elements 1, 2, 15, 16, 17, 512 and 2^20 apart, in every field and code."""
+    for (name, found), distance in itertools.product(outcomes(device).items(), (1, 2, 15, 16, 17, 512, 1 << 20)):
+        assert_independent(found[:-distance], found[distance:], f"{name}, {distance} apart")
 
 
 def test_fields_steps_seeds_and_tensors_are_rounded_independently(device: torch.device) -> None:
@@ -329,6 +360,21 @@ def test_fields_steps_seeds_and_tensors_are_rounded_independently(device: torch.
         for a, b in itertools.product(FIELDS, repeat=2):
             if (a, b) == ("weight", "average") or a != "average" != b or a == b:
                 assert_independent(here[a], there[b], f"{a} here and {b}, {name}")
+
+
+def test_codes_are_rounded_independently(device: torch.device) -> None:
+    """An element's weight and codes; each beside all in the next step, under another seed, at another position."""
+    here = coded_outcomes(device)
+    for a, b in itertools.combinations(CODED_FIELDS, 2):
+        assert_independent(here[a], here[b], f"{a} and {b}")
+    for what, other in {
+        "next step": dict(t=2),
+        "another seed": dict(seed=1),
+        "another tensor": dict(position=1),
+    }.items():
+        there = coded_outcomes(device, **other)
+        for a, b in itertools.product(CODED_FIELDS, repeat=2):
+            assert_independent(here[a], there[b], f"{a} here and {b}, {what}")
 
 
 def chi_squared(classes: np.ndarray, count: int) -> float:
