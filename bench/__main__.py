@@ -1,4 +1,4 @@
-"""Command line: `python -m bench COMMAND`; without one: all but `list` and `curves`, ten minutes of training."""
+"""Command line: `python -m bench COMMAND`; without one: all but `list` and `curves`, half an hour of training."""
 
 from __future__ import annotations
 

@@ -19,9 +19,10 @@ from bench import rows
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SEEDS = (1337, 1338, 1339)
-STEPS = 360
-LOG_EVERY = 10  # steps averaged in a row
-VALIDATIONS = 5
+STEPS = 1500
+LOG_EVERY = 25  # steps averaged in a row
+VALIDATIONS = 5  # on the last step of a row
+VALIDATION_WINDOWS = 512
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def train(run: Run, seed: int, device: torch.device) -> Iterator[rows.CurveRow]:
 
     args: argparse.Namespace = train_gpt.parse_arguments(
         ["--preset", "small", "--steps", str(STEPS), "--seed", str(seed), "--device", str(device)]
+        + ["--val-windows", str(VALIDATION_WINDOWS)]
     )
     text = train_gpt.standard_library_bytes().to(device)
     split = len(text) * 9 // 10
