@@ -53,8 +53,8 @@ def train(run: Run, seed: int, device: torch.device) -> Iterator[rows.CurveRow]:
 
     args: argparse.Namespace = train_gpt.parse_arguments(
         ["--preset", "small", "--steps", str(STEPS), "--seed", str(seed), "--device", str(device)]
-        + ["--val-windows", str(VALIDATION_WINDOWS)]
     )
+    args.val_windows = VALIDATION_WINDOWS
     text = train_gpt.standard_library_bytes().to(device)
     split = len(text) * 9 // 10
     train_text, val_text = text[:split], text[split:]
