@@ -207,46 +207,76 @@ def check_overlap(specs: Sequence[TensorSpec], grads: Sequence[torch.Tensor]) ->
     Raises:
         ValueError: naming both tensors.
     """
-    by_device: dict[torch.device, list[tuple[int, int, str, bool]]] = {}
+    ranges = _Ranges()
     for spec, grad in zip(specs, grads, strict=True):
-        ranges = by_device.setdefault(spec.param.device, [])
-        written = [
-            (spec.param, spec.name),
-            (spec.exp_avg, f"exp_avg of {spec.name}"),
-            (spec.exp_avg_sq, f"exp_avg_sq of {spec.name}"),
-            (spec.step, f"step of {spec.name}"),
-        ]
-        further = {
+        ranges.add_param(spec.name, spec.param, grad)
+        suffix = "_code" if spec.moment_format == "8bit" else ""
+        state = {
+            f"exp_avg{suffix}" if spec.rule == "adamw" else "momentum_buffer": spec.exp_avg,
+            f"exp_avg_sq{suffix}": spec.exp_avg_sq,
+            "step": spec.step,
             "max_exp_avg_sq": spec.max_exp_avg_sq,
             "param_ema": spec.ema,
             "param_remainder": spec.remainder,
             "moment_groups": spec.groups,
             "exp_avg_sq_scale": spec.scale,
         }
-        written += [(tensor, f"{key} of {spec.name}") for key, tensor in further.items() if tensor is not None]
-        for tensor, what in written:
-            start = tensor.data_ptr()
-            if tensor.numel():
-                ranges.append((start, start + tensor.numel() * tensor.dtype.itemsize, what, True))
-        is_param = grad.data_ptr() == spec.param.data_ptr() and grad.dtype == spec.param.dtype
-        if grad.numel() and not is_param and same_layout(grad, spec.param):
-            start = grad.data_ptr()
-            ranges.append((start, start + grad.numel() * grad.dtype.itemsize, f"the gradient of {spec.name}", False))
-    for ranges in by_device.values():
-        ranges.sort()
-        end, owner = -1, ""  # the range that reaches furthest so far
-        written_end, written_owner = -1, ""  # the same among written ones
-        for start, stop, what, writes in ranges:
-            if start < written_end or (writes and start < end):
-                other = written_owner if start < written_end else owner
-                raise ValueError(
-                    f"{what} and {other} share memory; expected separate tensors. Tie weights by using one Parameter "
-                    "object in both places."
-                )
-            if stop > end:
-                end, owner = stop, what
-            if writes and stop > written_end:
-                written_end, written_owner = stop, what
+        for key, tensor in state.items():
+            if tensor is not None:
+                ranges.add(f"{key} of {spec.name}", tensor, written=True)
+    ranges.check()
+
+
+def check_params_overlap(params: Sequence[tuple[str, torch.Tensor, torch.Tensor]]) -> None:
+    """The same for (name, local parameter, local gradient) alone, before there is any state.
+
+    Raises:
+        ValueError: naming both tensors.
+    """
+    ranges = _Ranges()
+    for name, param, grad in params:
+        ranges.add_param(name, param, grad)
+    ranges.check()
+
+
+class _Ranges:
+    """Memory that a step touches, by device: (begin, end, whose, whether it is written)."""
+
+    def __init__(self) -> None:
+        self._by_device: dict[torch.device, list[tuple[int, int, str, bool]]] = {}
+
+    def add(self, what: str, tensor: torch.Tensor, *, written: bool) -> None:
+        start = tensor.data_ptr()
+        if tensor.numel():
+            end = start + tensor.numel() * tensor.dtype.itemsize
+            self._by_device.setdefault(tensor.device, []).append((start, end, what, written))
+
+    def add_param(self, name: str, param: torch.Tensor, grad: torch.Tensor) -> None:
+        self.add(name, param, written=True)
+        is_param = grad.data_ptr() == param.data_ptr() and grad.dtype == param.dtype
+        if not is_param and same_layout(grad, param):
+            self.add(f"the gradient of {name}", grad, written=False)
+
+    def check(self) -> None:
+        for ranges in self._by_device.values():
+            _check_ranges(ranges)
+
+
+def _check_ranges(ranges: list[tuple[int, int, str, bool]]) -> None:
+    ranges.sort()
+    end, owner = -1, ""  # the range that reaches furthest so far
+    written_end, written_owner = -1, ""  # the same among written ones
+    for start, stop, what, writes in ranges:
+        if start < written_end or (writes and start < end):
+            other = written_owner if start < written_end else owner
+            raise ValueError(
+                f"{what} and {other} share memory; expected separate tensors. Tie weights by using one Parameter "
+                "object in both places."
+            )
+        if stop > end:
+            end, owner = stop, what
+        if writes and stop > written_end:
+            written_end, written_owner = stop, what
 
 
 def _check_is_tensor(what: str, value: object) -> None:

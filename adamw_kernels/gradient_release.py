@@ -17,11 +17,11 @@ from adamw_kernels.stepper import Stepper, param_name
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-    from adamw_kernels.optimizer import FusedAdamW
+    from adamw_kernels.optimizer import FusedOptimizer
 
 
 def release_gradients(
-    model: torch.nn.Module, opt: FusedAdamW, *, accumulation_steps: int = 1, grad_scaler: Any = None
+    model: torch.nn.Module, opt: FusedOptimizer, *, accumulation_steps: int = 1, grad_scaler: Any = None
 ) -> GradientRelease:
     """Step each parameter of `model` in backward, as soon as its gradient is complete, and free the gradient.
 
@@ -51,11 +51,12 @@ def release_gradients(
 class GradientRelease:
     """The handle that `release_gradients` returns."""
 
-    def __init__(self, model: torch.nn.Module, opt: FusedAdamW, accumulation_steps: int, grad_scaler: Any) -> None:
+    def __init__(self, model: torch.nn.Module, opt: FusedOptimizer, accumulation_steps: int, grad_scaler: Any) -> None:
         """Check, then register one hook a parameter."""
         if not hasattr(opt, "_internals"):
             raise TypeError(
-                f"release_gradients: opt is a {type(opt).__name__}; expected a FusedAdamW. Unwrap it: `opt.optimizer`."
+                f"release_gradients: opt is a {type(opt).__name__}; expected a FusedAdamW or FusedSGDW. "
+                "Unwrap it: `opt.optimizer`."
             )
         _check_combination(opt, accumulation_steps, grad_scaler)
         _check_model(model)
@@ -115,11 +116,11 @@ class GradientRelease:
         self._places = None
 
     def upload_hyperparameters(self) -> None:
-        """As `FusedAdamW.upload_hyperparameters`, for steps taken in a backward pass that was captured."""
+        """As `FusedOptimizer.upload_hyperparameters`, for steps taken in a backward pass that was captured."""
         for stepper in self._steppers.values():
             stepper.upload_hyperparameters()
 
-    @_disable_dynamo  # as FusedAdamW._update
+    @_disable_dynamo  # as FusedOptimizer._update
     def _step(self, p: torch.Tensor) -> None:
         """The hook: `p.grad` is complete."""
         if self._places is None:
@@ -138,7 +139,7 @@ class GradientRelease:
         try:
             stepper.step(capturing=capturing)
         except KeyError:
-            if not self._opt._complete_groups():  # as FusedAdamW.step
+            if not self._opt._complete_groups():  # as FusedOptimizer.step
                 raise
             stepper.step(capturing=capturing)
         if capturing:
@@ -185,7 +186,7 @@ def _find_places(param_groups: list[dict[str, Any]]) -> dict[int, tuple[int, int
     return places
 
 
-def _check_combination(opt: FusedAdamW, accumulation_steps: int, grad_scaler: Any) -> None:
+def _check_combination(opt: FusedOptimizer, accumulation_steps: int, grad_scaler: Any) -> None:
     """Refuse what would need all gradients at once.
 
     Raises:
@@ -245,7 +246,7 @@ def _check_model(model: torch.nn.Module) -> None:
             )
 
 
-def _check_groups(opt: FusedAdamW) -> None:
+def _check_groups(opt: FusedOptimizer) -> None:
     """Refuse clipping, which needs all gradients at once, in any group.
 
     Raises:

@@ -13,29 +13,34 @@ import torch
 if TYPE_CHECKING:
     from adamw_kernels.launch_table import LaunchTable
 
-WORDS_PER_HYPER_ROW = 8
-HYPER_SOURCE = 7  # word of a HyperRow that says, two bits a field, what each field holds
+WORDS_PER_HYPER_ROW = 9
+HYPER_SOURCE = 8  # word of a HyperRow that says, two bits a field, what each field holds
 FROM_VALUE, FROM_FLOAT32, FROM_FLOAT64 = range(3)
 
 
 class Hyperparameters(NamedTuple):
-    """One parameter group's hyperparameters, in the order of a HyperRow: Python floats or one-element tensors."""
+    """One parameter group's hyperparameters, in the order of a HyperRow: Python floats or one-element tensors.
+
+    Of SGD, beta1 is the momentum, beta2 the dampening, and eps None. None stands for an option that is off.
+    """
 
     lr: float | torch.Tensor
     beta1: float | torch.Tensor
     beta2: float | torch.Tensor
-    eps: float | torch.Tensor
+    eps: float | torch.Tensor | None
     weight_decay: float | torch.Tensor
     max_grad_norm: float | torch.Tensor | None = None
     ema_decay: float | torch.Tensor | None = None
+    initial_lr: float | torch.Tensor | None = None
 
 
 HYPERPARAMETERS = Hyperparameters._fields
 """The fields of a HyperRow, in order."""
 
 # Bounds of a float in each of these fields: low <= value < high. The widest finite ones where any value is accepted.
-_LOW = (-sys.float_info.max, 0.0, 0.0, 0.0, -sys.float_info.max, sys.float_info.min, 0.0)
-_HIGH = (math.inf, 1.0, 1.0, math.inf, math.inf, math.inf, 1.0)
+_TINY, _LEAST = sys.float_info.min, -sys.float_info.max
+_LOW = (_LEAST, 0.0, 0.0, 0.0, _LEAST, _TINY, 0.0, _TINY)
+_HIGH = (math.inf, 1.0, 1.0, math.inf, math.inf, math.inf, 1.0, math.inf)
 
 
 class HyperparameterRows:
@@ -46,7 +51,7 @@ class HyperparameterRows:
     synchronisation; a tensor on another GPU is copied over on each step, on the device.
 
     Attributes:
-        written: the objects, seven a group, that the rows now hold. Kept here and not by the optimizer: a wrapper that
+        written: the objects, eight a group, that the rows now hold. Kept here and not by the optimizer: a wrapper that
             copies an optimizer's `__dict__` shares the rows with it.
     """
 
@@ -58,7 +63,7 @@ class HyperparameterRows:
         self._kept_alive: list[torch.Tensor] = []
 
     def write_all(self, values: Sequence[float | torch.Tensor | None]) -> None:
-        """Write every row anew: seven values a group, in the order of HYPERPARAMETERS, already checked.
+        """Write every row anew: eight values a group, in the order of HYPERPARAMETERS, already checked.
 
         None, which stands for an option that is off, leaves its word alone: no flag makes a kernel read it.
         """
@@ -161,10 +166,12 @@ def check_hyperparameters(hyper: Hyperparameters, where: str) -> None:
     Raises:
         ValueError: naming the hyperparameter, its value, and what is accepted.
     """
-    for key in HYPERPARAMETERS:
-        value: Any = getattr(hyper, key)
-        if value is None and key in ("max_grad_norm", "ema_decay"):
+    is_sgd = hyper.eps is None
+    for field in HYPERPARAMETERS:
+        value: Any = getattr(hyper, field)
+        if value is None and field in ("eps", "max_grad_norm", "ema_decay", "initial_lr"):
             continue
+        key = {"beta1": "momentum", "beta2": "dampening"}.get(field, field) if is_sgd else field
         if isinstance(value, torch.Tensor):
             if value.numel() != 1 or value.is_complex():
                 raise ValueError(
@@ -184,5 +191,7 @@ def check_hyperparameters(hyper: Hyperparameters, where: str) -> None:
         value = float(value)
         if key in ("beta1", "beta2", "ema_decay") and not 0.0 <= value < 1.0:
             raise ValueError(f"{where}: {key} is {value!r}; expected 0 <= {key} < 1")
-        if key == "eps" and value < 0.0:
-            raise ValueError(f"{where}: eps is {value!r}; expected eps >= 0")
+        if key in ("eps", "momentum") and value < 0.0:
+            raise ValueError(f"{where}: {key} is {value!r}; expected {key} >= 0")
+        if key == "initial_lr" and value <= 0.0:
+            raise ValueError(f"{where}: initial_lr is {value!r}; decay_coupling='schedule' divides by it, expected > 0")

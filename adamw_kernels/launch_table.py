@@ -43,8 +43,13 @@ GRAD_DTYPE_SHIFT = 12
 EMA_BFLOAT16 = 1 << 16
 EMA_WARMUP = 1 << 17
 BOUND = 1 << 18
+SCHEDULE_DECAY = 1 << 19
 PARAM_FORMAT_SHIFT = 20
 MOMENT_FORMAT_SHIFT = 22
+SGD = 1 << 24
+MOMENTUM = 1 << 25
+NESTEROV = 1 << 26
+LR_IN_MOMENTUM = 1 << 27
 CHUNK_TENSOR_SHIFT = 32
 
 # The shape of the sum behind a gradient norm: part of the arithmetic, unlike the chunks of an update.
@@ -70,6 +75,11 @@ LAYOUT: dict[str, Any] = {
     "ema_bfloat16": EMA_BFLOAT16,
     "ema_warmup": EMA_WARMUP,
     "bound": BOUND,
+    "schedule_decay": SCHEDULE_DECAY,
+    "sgd": SGD,
+    "momentum": MOMENTUM,
+    "nesterov": NESTEROV,
+    "lr_in_momentum": LR_IN_MOMENTUM,
     "param_format_shift": PARAM_FORMAT_SHIFT,
     "moment_format_shift": MOMENT_FORMAT_SHIFT,
     "group": GROUP,
@@ -104,16 +114,23 @@ UPLOADS_IN_FLIGHT = 8
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a table: local, strided, real tensors of one layout that have been checked."""
+    """One tensor of a table: local, strided, real tensors of one layout that have been checked.
+
+    `rule` is "adamw" or "sgdw". SGD's momentum buffer is `exp_avg`, None without momentum; it has no `exp_avg_sq`.
+    """
 
     name: str
     param: torch.Tensor
     grad_dtype: torch.dtype
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
+    exp_avg: torch.Tensor | None
+    exp_avg_sq: torch.Tensor | None
     max_exp_avg_sq: torch.Tensor | None
     step: torch.Tensor
     hyper: int
+    rule: str = "adamw"
+    nesterov: bool = False
+    lr_in_momentum: bool = False
+    schedule_decay: bool = False
     amsgrad: bool = False
     maximize: bool = False
     decoupled: bool = True
@@ -134,6 +151,7 @@ class TensorSpec:
 
     def flags(self) -> int:
         """The word TensorRow::flags."""
+        is_sgd = self.rule == "sgdw"
         return (
             (AMSGRAD if self.amsgrad else 0)
             | (MAXIMIZE if self.maximize else 0)
@@ -146,16 +164,21 @@ class TensorSpec:
             | (EMA_BFLOAT16 if self.ema is not None and self.ema.dtype == torch.bfloat16 else 0)
             | (EMA_WARMUP if self.ema_warmup else 0)
             | (BOUND if self.update_bound != math.inf else 0)
+            | (SCHEDULE_DECAY if self.schedule_decay else 0)
+            | (SGD if is_sgd else 0)
+            | (MOMENTUM if is_sgd and self.exp_avg is not None else 0)
+            | (NESTEROV if self.nesterov else 0)
+            | (LR_IN_MOMENTUM if self.lr_in_momentum else 0)
             | PARAM_FORMATS.index(self.param_format) << PARAM_FORMAT_SHIFT
             | MOMENT_FORMATS.index(self.moment_format) << MOMENT_FORMAT_SHIFT
             | DTYPE_CODES[self.param.dtype] << PARAM_DTYPE_SHIFT
             | DTYPE_CODES[self.grad_dtype] << GRAD_DTYPE_SHIFT
         )
 
-    def combination(self) -> tuple[int, int, int]:
-        """Codes of what tensors must share to be updated by one launch: both dtypes and the moments' format."""
+    def combination(self) -> tuple[int, int, int, int]:
+        """Codes of what tensors must share to be updated by one launch: rule, both dtypes, the moments' format."""
         dtypes = DTYPE_CODES[self.param.dtype], DTYPE_CODES[self.grad_dtype]
-        return *dtypes, MOMENT_FORMATS.index(self.moment_format)
+        return int(self.rule == "sgdw"), *dtypes, MOMENT_FORMATS.index(self.moment_format)
 
 
 @dataclass(frozen=True)
@@ -165,6 +188,7 @@ class Batch:
     param_dtype: torch.dtype
     grad_dtype: torch.dtype
     moment_format: str
+    rule: str
     begin: int
     end: int
 
@@ -297,8 +321,8 @@ class LaunchTable:
         for spec in specs:
             words += (
                 spec.param.data_ptr(),
-                spec.exp_avg.data_ptr(),
-                spec.exp_avg_sq.data_ptr(),
+                0 if spec.exp_avg is None else spec.exp_avg.data_ptr(),
+                0 if spec.exp_avg_sq is None else spec.exp_avg_sq.data_ptr(),
                 0 if spec.max_exp_avg_sq is None else spec.max_exp_avg_sq.data_ptr(),
                 spec.step.data_ptr(),
                 spec.param.numel(),
@@ -378,7 +402,7 @@ class LaunchTable:
         for batch in self.batches:
             dtypes = DTYPE_CODES[batch.param_dtype], DTYPE_CODES[batch.grad_dtype]
             moments = MOMENT_FORMATS.index(batch.moment_format)
-            self._batch_words.extend((*dtypes, moments, batch.begin, batch.end))
+            self._batch_words.extend((int(batch.rule == "sgdw"), *dtypes, moments, batch.begin, batch.end))
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self.address = self._struct.buffer_info()[0]
         self.batches_address = self._batch_words.buffer_info()[0]
@@ -390,7 +414,8 @@ class LaunchTable:
         for i, spec in enumerate(specs):
             following = specs[i + 1] if i + 1 < len(specs) else None
             if following is None or following.combination() != spec.combination():
-                batches.append(Batch(spec.param.dtype, spec.grad_dtype, spec.moment_format, begin, chunk_ends[i]))
+                shared = spec.param.dtype, spec.grad_dtype, spec.moment_format, spec.rule
+                batches.append(Batch(*shared, begin, chunk_ends[i]))
                 begin = chunk_ends[i]
         return batches
 

@@ -1,13 +1,12 @@
-"""`FusedAdamW`: hyperparameters, state, groups. No arithmetic: that is the kernels'."""
+"""`FusedOptimizer`: options, state, groups of whatever rule. No arithmetic: that is the kernels'."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch._compile import _disable_dynamo
@@ -16,8 +15,9 @@ from torch.optim.optimizer import Optimizer, StateDict
 from adamw_kernels import backends, interchange
 from adamw_kernels.control import StepControl, Verdict
 from adamw_kernels.functional import is_capturing
-from adamw_kernels.options import FURTHER_OPTIONS, WHOLE_OPTIONS, check_options, check_skip_norm
-from adamw_kernels.state import Formats, check_formats, copy_to
+from adamw_kernels.loading import Loading
+from adamw_kernels.options import FURTHER_OPTIONS, WHOLE_OPTIONS, check_options, check_seed, check_skip_norm
+from adamw_kernels.state import Formats, check_formats
 from adamw_kernels.stepper import Options, Stepper, param_name
 
 if TYPE_CHECKING:
@@ -25,13 +25,6 @@ if TYPE_CHECKING:
     from adamw_kernels.launch_table import LaunchPlan
 
 ParamsT: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
-
-
-class _Shielded:
-    """A state value on its way through `Optimizer.load_state_dict`, which would cast it to the parameter's dtype."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
 
 
 class NotMeasuredError(AttributeError, RuntimeError):
@@ -63,161 +56,70 @@ class _Internals:
         return [stepper for stepper in (self.stepper, own) if stepper is not None]
 
 
-class FusedAdamW(Optimizer):
-    r"""AdamW in one pass over memory: a drop-in for `torch.optim.AdamW`.
+class FusedOptimizer(Optimizer):
+    """What all rules share: one pass over memory, one launch a device for all tensors that share dtypes and formats.
 
-    .. math::
-        \theta_t = \theta_{t-1} - \Big(\mathrm{lr}\cdot\frac{\hat m_t}{\sqrt{\hat v_t} + \epsilon}
-                   + \mathrm{lr}\,\lambda\,\theta_{t-1}\Big)
-
-    Source: Loshchilov & Hutter, *Decoupled Weight Decay Regularization* (2019), Algorithm 2.
-
-    All tensors of all parameter groups that share a dtype combination are updated by one launch a device, whatever
-    their learning rates, decays, betas and step counts. Same inputs give the same bits on every backend.
-
-    State per parameter, as in torch: `step` (float32 scalar on the parameter's device), `exp_avg`, `exp_avg_sq`, with
-    `amsgrad` `max_exp_avg_sq`, with `ema_decay` `param_ema` (shape, device and layout of the parameter; float32, or
-    float64 for float64 parameters); beside split weights `param_remainder`, beside 8-bit moments `moment_groups` and
-    `exp_avg_sq_scale`. State dicts load both ways with `torch.optim.AdamW` and `torch.optim.Adam`.
-
-    Args:
-        params: parameters, groups, or named parameters: float32, bfloat16, float16, float64 or complex tensors of any
-            dense layout, on CPUs and GPUs.
-        lr: learning rate; like betas, eps and weight_decay a float or a one-element tensor. A float32 or float64
-            tensor on the parameters' device is read by the device itself on each step.
-        betas: decay of the first and second moment, each in [0, 1).
-        eps: added to the denominator.
-        weight_decay: :math:`\lambda`.
-        amsgrad: divide by the running maximum of the second moment.
-        maximize: ascend instead of descend.
-        foreach: accepted; there is one implementation, and it handles all tensors at once.
-        capturable: accepted; there is one implementation, which never waits for the device. After one eager step it
-            can be captured in a CUDA graph; see `upload_hyperparameters`.
-        differentiable: must be False: the update is invisible to autograd.
-        fused: True: `torch.amp.GradScaler` hands over its scale and its flag, and the device unscales and skips, as
-            with torch's `fused=True`. None (as torch's default): the scaler unscales the gradients itself and skips
-            on the host, which wrappers that clip or watch for skips (Lightning, accelerate) rely on. With True, call
-            `unscale_` of FSDP1's ShardedGradScaler first: nowhere else does it agree on a scale with its peers.
-        decoupled: True: decay the weight (AdamW). False: add :math:`\lambda\theta` to the gradient (Adam with L2).
-        cautious: no update of an element where first moment and gradient disagree in sign (Liang et al., Cautious
-            Optimizers, 2024; without their rescaling by the mean of the mask).
-        cautious_weight_decay: no decay of an element where it and the update disagree in sign (Chen et al., Cautious
-            Weight Decay, 2025).
-        max_grad_norm: gradients enter multiplied by min(1, max_grad_norm / (norm + 1e-6)), norm being the 2-norm of
-            all (unscaled) gradients together, over all devices and shards. They are read once more and not written.
-            A number or a one-element tensor above 0; infinity measures only.
-        clip_per_group: norm is that of a group's own gradients.
-        skip_nonfinite: a step whose gradients hold inf or NaN changes nothing.
-        max_skip_norm: nor does one whose norm is larger than this, or NaN. A number or a one-element tensor.
-        ema_decay: keep an average of the weights beside them, `ema = ema + (1 - ema_decay) (weight - ema)` after each
-            step of a parameter, starting at the weight before its first. In [0, 1); a number or a one-element tensor.
-        ema_warmup: use (1 + t) / (10 + t) as long as that is less than `ema_decay`.
-        ema_format: "float32" (float64 for float64 parameters) or "bfloat16", rounded stochastically.
-        param_format: how a bfloat16 or float16 weight remembers what its dtype cannot hold: "native" (nothing, rounded
-            to nearest: what torch does, small updates are lost), "stochastic" (nothing, rounded by chance without
-            bias), "split24" (8 more bits, an int8 beside it), "split32" (all of a float32's bits, an int16 beside it:
-            updates as those of a float32 master weight). "auto": "split32". Wider weights hold everything themselves.
-        moment_format: "float32" (float64 for float64 parameters), "bfloat16" (rounded stochastically) or "8bit" (8.5
-            bits a moment; parameters below 4,096 elements keep float32).
-        update_bound: :math:`|\hat m|/\sqrt{\hat v}` at most. "auto": where moments are rounded, the limit that exact
-            ones cannot exceed (7.27 in the long run for the default betas); None: no limit.
-        process_group: over which plain tensors are shards, for norms and skips; DTensors know by themselves.
-        seed: of the random bits of stochastic rounding, which depend on it, the parameter's position, its step count
-            and the element's index alone.
-        backend: "auto", "cpu", "triton" or "cuda"; see `adamw_kernels.describe()`.
-
-    max_grad_norm, ema_decay, ema_warmup, ema_format, param_format, moment_format, update_bound, cautious and
-    cautious_weight_decay are options of each group.
-
-    Raises:
-        ValueError: a hyperparameter out of range, options that contradict each other, an unknown backend.
-        TypeError: not a process group; an average or moments too coarse for their parameter.
-        RuntimeError: an option that cannot be met.
+    A subclass has the options of one rule and names those of `FURTHER_OPTIONS` that mean nothing to it.
     """
+
+    foreign_options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float | torch.Tensor = 1e-3,
-        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
-        eps: float | torch.Tensor = 1e-8,
-        weight_decay: float | torch.Tensor = 1e-2,
-        amsgrad: bool = False,
+        options: dict[str, Any],
+        further: dict[str, Any],
         *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        decoupled: bool = True,
-        cautious: bool = False,
-        cautious_weight_decay: bool = False,
-        max_grad_norm: float | torch.Tensor | None = None,
-        clip_per_group: bool = False,
-        skip_nonfinite: bool = False,
-        max_skip_norm: float | torch.Tensor | None = None,
-        ema_decay: float | torch.Tensor | None = None,
-        ema_warmup: bool = False,
-        ema_format: str = "float32",
-        param_format: str = "auto",
-        moment_format: str = "float32",
-        update_bound: float | str | None = "auto",
-        process_group: Any = None,
-        seed: int = 0,
-        backend: str = "auto",
+        clip_per_group: bool,
+        skip_nonfinite: bool,
+        max_skip_norm: float | torch.Tensor | None,
+        process_group: Any,
+        seed: int,
+        backend: str,
     ) -> None:
-        """Check every option; nothing is allocated before the first step."""
+        """Check every option; nothing is allocated before the first step.
+
+        Args:
+            params: as torch's optimizers take them.
+            options: of each group, under torch's names.
+            further: of each group, by the names of FURTHER_OPTIONS.
+            clip_per_group: of the optimizer as a whole, as all that follow.
+            skip_nonfinite: a guard.
+            max_skip_norm: another.
+            process_group: over which plain tensors are shards.
+            seed: of random bits.
+            backend: by name.
+        """
+        name = type(self).__name__
         backends.check_name(backend, f"backend={backend!r}")
-        check_skip_norm(max_skip_norm)
+        check_skip_norm(max_skip_norm, name)
+        check_seed(seed, f"{name}: seed")
         if process_group is not None and not hasattr(process_group, "rank"):
             raise TypeError(
-                f"FusedAdamW: process_group is {process_group!r}; expected a torch.distributed.ProcessGroup or None"
+                f"{name}: process_group is {process_group!r}; expected a torch.distributed.ProcessGroup or None"
             )
         self._internals = _Internals(
-            Options(backend, bool(clip_per_group), process_group, operator.index(seed)),
+            Options(backend, bool(clip_per_group), process_group, int(seed)),
             {"skip_nonfinite": bool(skip_nonfinite), "max_skip_norm": max_skip_norm},
         )
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "decoupled_weight_decay": decoupled,
-        }
         # Beyond torch's options only those in use: without them, groups look like torch's to whatever compares keys
         # (a flattened distributed checkpoint, say).
-        further = {
-            "cautious": cautious,
-            "cautious_weight_decay": cautious_weight_decay,
-            "max_grad_norm": max_grad_norm,
-            "ema_decay": ema_decay,
-            "ema_warmup": ema_warmup,
-            "ema_format": ema_format,
-            "param_format": param_format,
-            "moment_format": moment_format,
-            "update_bound": update_bound,
-        }
-        defaults |= {
+        defaults = options | {
             key: value
             for key, value in further.items()
             if isinstance(value, torch.Tensor) or value != FURTHER_OPTIONS[key]
         }
-        check_options(defaults, "FusedAdamW")
+        check_options(defaults, name)
         super().__init__(params, defaults)
         self._internals.constructed = True
-        if fused:
+        if options["fused"]:
             self._step_supports_amp_scaling = True
         if clip_per_group and not self._any_group_has("max_grad_norm"):
-            raise ValueError("FusedAdamW: clip_per_group=True, and no group has a max_grad_norm; expected one")
+            raise ValueError(f"{name}: clip_per_group=True, and no group has a max_grad_norm; expected one")
+        ema_warmup, ema_format = further["ema_warmup"], further["ema_format"]
         if (ema_warmup or ema_format != "float32") and not self._any_group_has("ema_decay"):
             option = f"ema_format={ema_format!r}" if not ema_warmup else "ema_warmup=True"
-            raise ValueError(f"FusedAdamW: {option}, and no group has an ema_decay; expected one")
+            raise ValueError(f"{name}: {option}, and no group has an ema_decay; expected one")
 
     def _any_group_has(self, option: str) -> bool:
         return any(group.get(option) is not None for group in self.param_groups)
@@ -233,9 +135,11 @@ class FusedAdamW(Optimizer):
         """
         if "decoupled" in param_group:
             param_group["decoupled_weight_decay"] = param_group.pop("decoupled")
-        known = FURTHER_OPTIONS.keys() | self.defaults.keys()
+        known = FURTHER_OPTIONS.keys() | self.defaults.keys() | {"initial_lr"}
         options = self.defaults | {key: value for key, value in param_group.items() if key in known}
         where = f"param_groups[{len(self.param_groups)}]"
+        for key in sorted(self.foreign_options & param_group.keys()):
+            raise ValueError(f"{where}: {key}={param_group[key]!r} is no option of {type(self).__name__}")
         check_options(options, where)
         for key in ("ema_warmup", "ema_format"):
             named = param_group.get(key, FURTHER_OPTIONS[key])
@@ -244,9 +148,12 @@ class FusedAdamW(Optimizer):
         for key in sorted(WHOLE_OPTIONS & param_group.keys()):
             raise ValueError(
                 f"{where}: {key}={param_group[key]!r} in a group; it is an option of the whole optimizer, expected in "
-                "FusedAdamW(...)"
+                "the constructor"
             )
         super().add_param_group(param_group)
+        if options.get("decay_coupling") == "schedule":  # torch's schedules keep what is there
+            lr = param_group["lr"]
+            param_group.setdefault("initial_lr", lr.clone() if isinstance(lr, torch.Tensor) else lr)
         try:
             for index, p in enumerate(param_group["params"]):
                 check_formats(param_name(param_group, len(self.param_groups) - 1, index), p, param_group)
@@ -263,7 +170,7 @@ class FusedAdamW(Optimizer):
                 f"param_format='native' rounds {narrow[0]} weights to nearest: what is less than half their last bit, "
                 "most updates and all decay late in training, is lost. 'stochastic' loses nothing on average, "
                 "'split24' and 'split32' keep the rest of the weight.",
-                stacklevel=3 if self._internals.constructed else 5,
+                stacklevel=3 if self._internals.constructed else 6,
             )
 
     # --- the step -------------------------------------------------------------------------------------------------
@@ -524,45 +431,24 @@ class FusedAdamW(Optimizer):
         return result
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load the state of a FusedAdamW, `torch.optim.AdamW` or `torch.optim.Adam`, at any step.
+        """Load the state of an optimizer of this kind, ours or torch's (`AdamW` and `Adam`, or `SGD`), at any step.
 
         Every state tensor keeps its own dtype (torch's own method casts moments to the parameter's) and is copied to
         its parameter's device, so that nothing is shared with the optimizer it came from. 16-bit moments are widened,
         exactly, by the next step. Options that torch does not know (`ema_decay`, say) and that the loaded groups do not
         have either stay as they are.
 
+        All of it is checked first, after the hooks that were registered for it.
+
         Raises:
-            ValueError: the groups do not match. RuntimeError: an option that cannot be met.
+            ValueError: the groups do not match.
+            ValueError, TypeError, RuntimeError: an option, or a parameter's state, that a step would refuse. In either
+                case nothing was loaded.
         """
         self._refuse_while_averages_are_shown("load_state_dict()")
-        kept: list[dict[str, Any]] = []
-
-        def shield(_: Optimizer, loaded: StateDict) -> StateDict:
-            states = {
-                key: {name: _Shielded(value) for name, value in entry.items()} if isinstance(entry, dict) else entry
-                for key, entry in loaded["state"].items()
-            }
-            for index, group in enumerate(loaded["param_groups"]):
-                if group.get("differentiable"):
-                    check_options({"differentiable": True}, f"loaded param_groups[{index}]")
-            for own, group in zip(self.param_groups, loaded["param_groups"], strict=False):  # torch compares lengths
-                kept.append({key: own[key] for key in FURTHER_OPTIONS if key in own and key not in group})
-            return {**loaded, "state": states}
-
-        def unshield(_: Optimizer) -> None:
-            for group, options in zip(self.param_groups, kept, strict=True):
-                group.update(options)
-                own = self._internals
-                own.options = own.options._replace(seed=group.pop("seed", own.options.seed))
-            for p, entry in self.state.items():
-                if not isinstance(entry, dict):
-                    continue
-                for name, value in entry.items():
-                    if isinstance(value, _Shielded):
-                        entry[name] = copy_to(p.device if isinstance(p, torch.Tensor) else None, value.value)
-
-        before = self.register_load_state_dict_pre_hook(shield)  # last: the user's own hooks see plain tensors
-        after = self.register_load_state_dict_post_hook(unshield, prepend=True)  # first, likewise
+        loading = Loading(self)
+        before = self.register_load_state_dict_pre_hook(loading.shield)  # last: the user's own hooks see plain tensors
+        after = self.register_load_state_dict_post_hook(loading.unshield, prepend=True)  # first, likewise
         try:
             super().load_state_dict(state_dict)
         finally:

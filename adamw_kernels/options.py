@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from adamw_kernels.formats import EMA_FORMATS, MOMENT_FORMATS, PARAM_FORMATS
-from adamw_kernels.hyperparameters import Hyperparameters, check_hyperparameters
+from adamw_kernels.hyperparameters import check_hyperparameters
+from adamw_kernels.rules import group_hyperparameters, has_buffer, rule_of
 
 FURTHER_OPTIONS: dict[str, Any] = {
     "cautious": False,
@@ -21,6 +22,8 @@ FURTHER_OPTIONS: dict[str, Any] = {
     "param_format": "auto",
     "moment_format": "float32",
     "update_bound": "auto",
+    "decay_coupling": "lr",
+    "lr_in_momentum": False,
 }
 """Options that torch does not know; a group in which one is missing has this value."""
 
@@ -34,12 +37,10 @@ FORMAT_OPTIONS = {
 }
 """Options that name a storage format, and the names they accept."""
 
+DECAY_COUPLINGS = ("lr", "schedule")
 
-def group_hyperparameters(group: dict[str, Any]) -> Hyperparameters:
-    """A group's hyperparameters, in the order of a HyperRow."""
-    (beta1, beta2) = group["betas"]
-    further = group.get("max_grad_norm"), group.get("ema_decay")
-    return Hyperparameters(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], *further)
+LARGEST_8BIT_RATIO = 21
+"""Of |m| to sqrt(v) that 8-bit moments hold whatever their scale; see csrc/moments8.h."""
 
 
 def check_options(options: dict[str, Any], where: str) -> None:
@@ -56,11 +57,27 @@ def check_options(options: dict[str, Any], where: str) -> None:
     if "lr" not in options:
         return
     for key, text in (("lr", "learning rate"), ("eps", "epsilon value"), ("weight_decay", "weight_decay value")):
-        value = options[key]
+        value = options.get(key, 0.0)
         if isinstance(value, torch.Tensor) and value.numel() != 1:
             raise ValueError(f"{where}: Tensor {key} must be 1-element, not of shape {tuple(value.shape)}")
         if not 0.0 <= value:
             raise ValueError(f"{where}: Invalid {text}: {value}; expected {key} >= 0")
+    (_check_adamw if rule_of(options) == "adamw" else _check_sgdw)(options, where)
+    check_hyperparameters(group_hyperparameters(options), where)
+    for key, accepted in FORMAT_OPTIONS.items():
+        value = options.get(key, FURTHER_OPTIONS[key])
+        if value not in accepted:
+            raise ValueError(f"{where}: {key} is {value!r}; expected one of {', '.join(accepted)}")
+    check_update_bound(options.get("update_bound", "auto"), f"{where}: update_bound")
+    _check_decay(options, where)
+    if options["fused"] is False:
+        theirs = "torch.optim.AdamW" if rule_of(options) == "adamw" else "torch.optim.SGD"
+        raise RuntimeError(f"{where}: fused=False: there is no other implementation. Use {theirs}.")
+    if options["fused"] and options["foreach"]:
+        raise RuntimeError(f"{where}: `fused` and `foreach` cannot be `True` together.")
+
+
+def _check_adamw(options: dict[str, Any], where: str) -> None:
     betas = options["betas"]
     if len(betas) != 2:
         raise ValueError(f"{where}: betas has {len(betas)} entries; expected two")
@@ -69,27 +86,77 @@ def check_options(options: dict[str, Any], where: str) -> None:
             raise ValueError(f"{where}: Tensor betas[{index}] must be 1-element, not of shape {tuple(beta.shape)}")
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"{where}: Invalid beta parameter at index {index}: {beta}; expected 0 <= beta < 1")
-    check_hyperparameters(group_hyperparameters(options), where)
-    for key, accepted in FORMAT_OPTIONS.items():
-        value = options.get(key, FURTHER_OPTIONS[key])
-        if value not in accepted:
-            raise ValueError(f"{where}: {key} is {value!r}; expected one of {', '.join(accepted)}")
-    check_update_bound(options.get("update_bound", "auto"), f"{where}: update_bound")
     moments = options.get("moment_format", "float32")
     if options["amsgrad"] and moments != "float32":
         raise ValueError(
             f"{where}: amsgrad=True with moment_format={moments!r}: a running maximum of values that are rounded by "
             "chance only ever grows; expected moment_format='float32', or amsgrad=False"
         )
+    check_8bit_betas(options, where)
+
+
+def _check_sgdw(options: dict[str, Any], where: str) -> None:
+    for key in ("momentum", "dampening"):
+        value = options[key]
+        if isinstance(value, torch.Tensor) and value.numel() != 1:
+            raise ValueError(f"{where}: Tensor {key} must be 1-element, not of shape {tuple(value.shape)}")
+    if not options["momentum"] >= 0.0:
+        raise ValueError(f"{where}: Invalid momentum value: {options['momentum']}; expected momentum >= 0")
+    if options["nesterov"] and not (has_buffer(options) and options["dampening"] == 0.0):
+        raise ValueError(
+            f"{where}: nesterov=True with momentum={options['momentum']} and dampening={options['dampening']}: "
+            "Nesterov momentum requires a momentum and zero dampening; expected momentum > 0 and dampening=0"
+        )
+    if options.get("moment_format") == "8bit":
+        raise ValueError(
+            f"{where}: moment_format='8bit': its codes hold a first moment beside a second one, and SGD has none; "
+            "expected 'float32' or 'bfloat16'"
+        )
+
+
+def _check_decay(options: dict[str, Any], where: str) -> None:
     if options.get("cautious_weight_decay") and not options["decoupled_weight_decay"]:
         raise ValueError(
             f"{where}: cautious_weight_decay=True with decoupled=False: there is no decay of the weight to be cautious "
             "about; expected one or the other"
         )
-    if options["fused"] is False:
-        raise RuntimeError(f"{where}: fused=False: FusedAdamW has no other implementation. Use torch.optim.AdamW.")
-    if options["fused"] and options["foreach"]:
-        raise RuntimeError(f"{where}: `fused` and `foreach` cannot be `True` together.")
+    coupling = options.get("decay_coupling", "lr")
+    if coupling not in DECAY_COUPLINGS:
+        raise ValueError(f"{where}: decay_coupling is {coupling!r}; expected one of {', '.join(DECAY_COUPLINGS)}")
+    if coupling == "lr":
+        return
+    if not options["decoupled_weight_decay"]:
+        raise ValueError(
+            f"{where}: decay_coupling='schedule' with decoupled=False: there is no decay of the weight to couple; "
+            "expected one or the other"
+        )
+    initial_lr = options.get("initial_lr", options["lr"])
+    on_gpu = isinstance(initial_lr, torch.Tensor) and initial_lr.device.type != "cpu"
+    if not on_gpu and not initial_lr > 0.0:  # reading it would synchronise
+        raise ValueError(
+            f"{where}: decay_coupling='schedule' with an initial lr of {float(initial_lr)}: the decay is lr over the "
+            "initial lr times weight_decay; expected an initial lr > 0 (let a schedule warm up from there), or "
+            "decay_coupling='lr'"
+        )
+
+
+def check_8bit_betas(options: dict[str, Any], where: str) -> None:
+    """Refuse betas whose first updates 8-bit moments could not hold: there |m| / sqrt(v) is this ratio.
+
+    Tensors are not looked at: reading them would synchronise.
+
+    Raises:
+        ValueError: naming the betas and the way out.
+    """
+    beta1, beta2 = options["betas"]
+    if options.get("moment_format") != "8bit" or isinstance(beta1, torch.Tensor) or isinstance(beta2, torch.Tensor):
+        return
+    if 1.0 - beta1 > LARGEST_8BIT_RATIO * math.sqrt(1.0 - beta2):
+        raise ValueError(
+            f"{where}: moment_format='8bit' with betas=({beta1}, {beta2}): first moments would be "
+            f"{(1.0 - beta1) / math.sqrt(1.0 - beta2):.3g} times the root of second ones, and 8 bits hold "
+            f"{LARGEST_8BIT_RATIO}; expected a smaller beta2, a larger beta1, or moment_format='bfloat16'"
+        )
 
 
 def check_update_bound(value: Any, what: str) -> None:
@@ -104,7 +171,7 @@ def check_update_bound(value: Any, what: str) -> None:
         raise ValueError(f"{what} is {value!r}; expected 'auto', None or a number above 0")
 
 
-def check_skip_norm(value: Any) -> None:
+def check_skip_norm(value: Any, where: str) -> None:
     """Refuse a limit that no norm could exceed, or that every norm would.
 
     Raises:
@@ -119,5 +186,28 @@ def check_skip_norm(value: Any) -> None:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not 0.0 < value < math.inf:
         raise ValueError(
-            f"FusedAdamW: max_skip_norm is {value!r}; expected a finite number above 0, a one-element tensor, or None"
+            f"{where}: max_skip_norm is {value!r}; expected a finite number above 0, a one-element tensor, or None"
         )
+
+
+def check_seed(value: Any, what: str) -> None:
+    """Refuse what is no integer; of one, the last 64 bits count.
+
+    Raises:
+        TypeError: saying what it is.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{what} is {value!r}; expected an int, of which the last 64 bits count")
+
+
+def check_used_options(options: dict[str, Any], defaults: dict[str, Any], where: str) -> None:
+    """`check_options` for a group in the middle of a run, which may say more than a new one.
+
+    A schedule may have made lr or weight_decay negative, and a step allows that; how a torch optimizer that the group
+    comes from was told to compute makes no difference.
+
+    Raises:
+        ValueError, RuntimeError: as `check_options`.
+    """
+    check_options(options | {key: defaults[key] for key in ("lr", "weight_decay", "foreach", "fused")}, where)
+    check_hyperparameters(group_hyperparameters(options), where)

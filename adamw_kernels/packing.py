@@ -130,7 +130,7 @@ def unpack_moments(state: dict[str, Any], param: torch.Tensor) -> tuple[torch.Te
     """First and second moment of a parameter whose moments are kept in 8 bits.
 
     Args:
-        state: its state, of local tensors: exp_avg, exp_avg_sq, moment_groups, exp_avg_sq_scale.
+        state: its state, of local tensors: exp_avg_code, exp_avg_sq_code, moment_groups, exp_avg_sq_scale.
         param: the local parameter, for its layout.
 
     Returns:
@@ -138,8 +138,8 @@ def unpack_moments(state: dict[str, Any], param: torch.Tensor) -> tuple[torch.Te
     """
     m, v = (torch.empty_like(param, dtype=torch.float32, memory_format=torch.preserve_format) for _ in range(2))
     first, second, words = (
-        in_memory_order(state["exp_avg"]),
-        in_memory_order(state["exp_avg_sq"]),
+        in_memory_order(state["exp_avg_code"]),
+        in_memory_order(state["exp_avg_sq_code"]),
         in_memory_order(state["moment_groups"]),
     )
     unscale = (1.0 / state["exp_avg_sq_scale"].double()).float()
@@ -162,13 +162,13 @@ def pack_moments(m: torch.Tensor, v: torch.Tensor, state: dict[str, Any]) -> Non
     Args:
         m: first moment: float32, dense, local.
         v: second moment, likewise, in the layout of `m`.
-        state: of local tensors exp_avg (int8), exp_avg_sq (uint8), both in the layout of `m`, moment_groups (int16) and
-            exp_avg_sq_scale (float32 scalar); all written.
+        state: of local tensors exp_avg_code (int8), exp_avg_sq_code (uint8), both in the layout of `m`, moment_groups
+            (int16) and exp_avg_sq_scale (float32 scalar); all written.
     """
     state["exp_avg_sq_scale"].fill_(FIRST_SCALE)
     first, second, words = (
-        in_memory_order(state["exp_avg"]),
-        in_memory_order(state["exp_avg_sq"]),
+        in_memory_order(state["exp_avg_code"]),
+        in_memory_order(state["exp_avg_sq_code"]),
         in_memory_order(state["moment_groups"]),
     )
     flat_m, flat_v = in_memory_order(m), in_memory_order(v)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any, NamedTuple
 
@@ -21,14 +20,25 @@ from adamw_kernels.formats import (
 from adamw_kernels.functional import local_view
 from adamw_kernels.options import FORMAT_OPTIONS, FURTHER_OPTIONS, check_update_bound
 from adamw_kernels.packing import merge_weight, pack_moments, split_weight, unpack_moments
+from adamw_kernels.rules import moment_keys, rule_of
 from adamw_kernels.tensor_watch import STATE_KEYS, same_layout
 
 # Largest step count, a float32, that the kernels' repeated squaring covers. As a float32 it stops growing at 2^24
 # anyway, when the bias corrections have long been 1.
 MAX_STEP = 2**31 - 128
 
-OF_8BIT = ("moment_groups", "exp_avg_sq_scale")
-"""State that 8-bit moments have beside exp_avg and exp_avg_sq."""
+BUFFER = "momentum_buffer"
+REAL_MOMENTS = ("exp_avg", "exp_avg_sq")
+CODES = ("exp_avg_code", "exp_avg_sq_code")
+"""What 8-bit moments are kept under: whatever reads REAL_MOMENTS (torch's own AdamW) must not take codes for values."""
+
+OF_8BIT = {
+    "exp_avg_code": torch.int8,
+    "exp_avg_sq_code": torch.uint8,
+    "moment_groups": torch.int16,
+    "exp_avg_sq_scale": torch.float32,
+}
+"""State that 8-bit moments have in place of exp_avg and exp_avg_sq."""
 
 
 class Formats(NamedTuple):
@@ -40,7 +50,7 @@ class Formats(NamedTuple):
     def covers(self, state: dict[str, Any]) -> bool:
         """Whether nothing of another format is left in a state."""
         extra = {*(() if remainder_dtype(self.param) else ("param_remainder",))}
-        extra |= {*(() if self.moments == "8bit" else OF_8BIT)}
+        extra |= {*(REAL_MOMENTS if self.moments == "8bit" else OF_8BIT)}
         return extra.isdisjoint(state)
 
 
@@ -92,19 +102,13 @@ def state_dtypes(p: torch.Tensor, options: dict[str, Any]) -> dict[str, torch.dt
     """Names and dtypes, of the local real memory, of everything that a stepped parameter's state holds."""
     formats, compute = formats_of(p, options), compute_dtype(local_view(p).dtype)
     wide = torch.bfloat16 if formats.moments == "bfloat16" else compute
-    dtypes = {"step": torch.float32} | dict.fromkeys(moment_keys(options["amsgrad"]), wide)
+    dtypes = {"step": torch.float32} | dict.fromkeys(moment_keys(options, formats.moments), wide)
     if formats.moments == "8bit":
-        dtypes |= {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
-        dtypes |= {"moment_groups": torch.int16, "exp_avg_sq_scale": torch.float32}
+        dtypes |= OF_8BIT
     if options["ema_decay"] is not None:
         dtypes["param_ema"] = torch.bfloat16 if options["ema_format"] == "bfloat16" else compute
     remainder = remainder_dtype(formats.param)
     return dtypes if remainder is None else dtypes | {"param_remainder": remainder}
-
-
-def moment_keys(amsgrad: bool) -> tuple[str, ...]:
-    """The moments that a step needs."""
-    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
 
 
 def local_state(state: dict[str, Any]) -> dict[str, Any]:
@@ -113,14 +117,35 @@ def local_state(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def moment_format_in(state: dict[str, Any]) -> str | None:
-    """The format in which the moments of a state are, whatever the options say; None where there are none."""
-    if "exp_avg" not in state:
+    """The format in which the moments of a state are, whatever the options say; None where there are none.
+
+    A parameter has been stepped, here or where its state comes from, if and only if it has moments; but for SGD without
+    momentum, which has none.
+    """
+    if "exp_avg_code" in state:
+        return "8bit"
+    first = state.get("exp_avg", state.get(BUFFER))
+    if first is None:
         return None
-    dtype = state["exp_avg"].dtype
-    return "8bit" if dtype == torch.int8 else "bfloat16" if dtype == torch.bfloat16 else "float32"
+    return "bfloat16" if first.dtype == torch.bfloat16 else "float32"
+
+
+def real_moments(p: torch.Tensor, state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What the codes of a state mean: exp_avg and exp_avg_sq, new and float32."""
+    wide = {key: like(p, torch.float32) for key in REAL_MOMENTS}
+    codes = {key: value.to(local_view(p).device) for key, value in local_state(state).items()}
+    # The codes' own layout may no longer be the parameter's.
+    for target, value in zip(wide.values(), unpack_moments(codes, codes[CODES[0]]), strict=True):
+        local_view(target).copy_(value)
+    return wide
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
+
+_TOGETHER = (
+    "Moments in 8 bits are exp_avg_code (int8), exp_avg_sq_code (uint8), moment_groups (int16) and exp_avg_sq_scale "
+    "(float32) together."
+)
 
 
 def check_formats(name: str, p: torch.Tensor, group: dict[str, Any]) -> None:
@@ -142,6 +167,10 @@ def check_formats(name: str, p: torch.Tensor, group: dict[str, Any]) -> None:
                 f"{name} has dtype {p.dtype}, and {key} is {options[key]!r}; expected a float32, bfloat16 or float16 "
                 f"parameter beside it. Use {key}='float32', which keeps the {what} in the compute dtype."
             )
+    if rule_of(group) == "sgdw" and options["moment_format"] == "8bit":
+        raise ValueError(
+            f"moment_format of {name} is '8bit', and SGD has no second moment; expected float32 or bfloat16"
+        )
     if options.get("amsgrad") and options["moment_format"] != "float32":
         raise ValueError(
             f"amsgrad=True beside moment_format={options['moment_format']!r} for {name}: a running maximum of values "
@@ -149,21 +178,35 @@ def check_formats(name: str, p: torch.Tensor, group: dict[str, Any]) -> None:
         )
 
 
-def check_adoptable(name: str, p: torch.Tensor, local: torch.Tensor, state: dict[str, Any]) -> None:
+def check_adoptable(name: str, p: torch.Tensor, local: torch.Tensor, state: dict[str, Any], rule: str) -> None:
     """Refuse a loaded or edited state that cannot be completed without losing something.
 
     Raises:
         ValueError, TypeError: naming the parameter, what it was, and the way out.
     """
-    known = [key for key in ("step", "exp_avg", "exp_avg_sq") if key in state]
-    if known and len(known) != 3:
-        missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in state]
+    foreign = (*REAL_MOMENTS, *CODES) if rule == "sgdw" else (BUFFER,)
+    for key in foreign:
+        if state.get(key) is not None:
+            raise ValueError(
+                f"the state of {name} has {key}, which another optimizer's rule keeps ({rule} is this one's); expected "
+                "a state of the same rule. Load the checkpoint into the optimizer that wrote it."
+            )
+    coded = not state.keys().isdisjoint(CODES)
+    if coded and not state.keys().isdisjoint(REAL_MOMENTS):
+        both = ", ".join(key for key in (*REAL_MOMENTS, *CODES) if key in state)
+        raise ValueError(
+            f"the state of {name} has {both}; expected moments as real values or as codes, not both. Delete "
+            "those that are out of date."
+        )
+    needed = ("step", *(CODES if coded else REAL_MOMENTS))
+    known = [key for key in needed if key in state]
+    if known and len(known) != 3 and rule == "adamw":
+        missing = [key for key in needed if key not in state]
         raise ValueError(
             f"the state of {name} has {', '.join(known)} but no {', '.join(missing)}; expected all three or none. "
             "Load a complete state, or delete the entry to start anew."
         )
-    shaped = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "param_ema", "param_remainder")
-    for key in ("step", *shaped, *OF_8BIT):
+    for key in STATE_KEYS:
         if isinstance(state.get(key), torch.Tensor) and state[key].device.type == "meta":
             raise ValueError(
                 f"{key} of {name} is on the meta device and has no values; expected a tensor that has. Load the state "
@@ -176,19 +219,24 @@ def check_adoptable(name: str, p: torch.Tensor, local: torch.Tensor, state: dict
         on_device = isinstance(step, torch.Tensor) and step.device == local.device and step.device.type != "cpu"
         if not on_device and not (0 <= float(step) <= MAX_STEP and float(step) == int(step)):
             raise ValueError(f"step of {name} is {float(step)}; expected a whole number from 0 to {MAX_STEP}.")
-    coded = _check_codes(name, local, state)
-    for key in shaped:
+    if coded:
+        _check_codes(name, local, state)
+    for key in (*CODES, *REAL_MOMENTS, BUFFER, "max_exp_avg_sq", "param_ema", "param_remainder"):
         value = state.get(key)
         if value is None:
             continue
         if key == "param_remainder":
             if not isinstance(value, torch.Tensor) or value.dtype not in (torch.int8, torch.int16):
                 kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
-                raise TypeError(f"{key} of {name} is {kind}; expected an int8 or int16 tensor.")
-        elif not coded or key not in ("exp_avg", "exp_avg_sq"):
+                raise TypeError(
+                    f"{key} of {name} is {kind}; expected an int8 or int16 tensor. If it has been through torch's "
+                    "optimizer, which casts it, delete the entry: the weight goes on from its 16-bit value."
+                )
+        elif key not in CODES:
             if not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex()):
                 kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
-                raise TypeError(f"{key} of {name} is {kind}; expected a floating-point tensor.")
+                way_out = f" {_TOGETHER}" if key in REAL_MOMENTS else ""
+                raise TypeError(f"{key} of {name} is {kind}; expected a floating-point tensor.{way_out}")
             if value.is_complex() != p.is_complex():
                 raise TypeError(f"{key} of {name} has dtype {value.dtype} beside a {p.dtype} parameter.")
         if value.layout != torch.strided:
@@ -202,46 +250,37 @@ def check_adoptable(name: str, p: torch.Tensor, local: torch.Tensor, state: dict
                 f"{key} of {name} has shape {tuple(view.shape)}, the parameter {tuple(local.shape)}; expected the same "
                 "shape. If the parameter was resized, delete its entry in the optimizer's state."
             )
-        if (coded or key == "param_remainder") and not same_layout(view, local) and key != "param_ema":
-            # Codes of groups of neighbours mean nothing in another order, nor does their order come with them.
+        if key in CODES and not same_layout(view, local):
+            # Neighbours share a group: in another order they would have to be rounded anew.
             raise ValueError(
                 f"{key} of {name} has strides {view.stride()}, the parameter {local.stride()}; expected the same "
-                "memory layout. Load the state before the parameter's layout is changed, or export it."
+                "memory layout. convert(moment_format='float32') before the parameter's layout is changed, or load "
+                "what export_state_dict() returns."
             )
 
 
-def _check_codes(name: str, local: torch.Tensor, state: dict[str, Any]) -> bool:
-    """Whether the moments are 8-bit codes.
+def _check_codes(name: str, local: torch.Tensor, state: dict[str, Any]) -> None:
+    """Refuse 8-bit codes that do not belong together.
 
     Raises:
-        ValueError, TypeError: codes that do not belong together.
+        ValueError, TypeError: naming the parameter.
     """
-    dtypes = {key: getattr(state.get(key), "dtype", None) for key in ("exp_avg", "exp_avg_sq", *OF_8BIT)}
-    if dtypes["exp_avg"] != torch.int8 and dtypes["exp_avg_sq"] != torch.uint8:
-        return False
-    expected = {
-        "exp_avg": torch.int8,
-        "exp_avg_sq": torch.uint8,
-        "moment_groups": torch.int16,
-        "exp_avg_sq_scale": torch.float32,
-    }
-    for key, dtype in expected.items():
-        if dtypes[key] != dtype:
-            found = "is missing" if dtypes[key] is None else f"has dtype {dtypes[key]}"
+    for key, dtype in OF_8BIT.items():
+        present = getattr(state.get(key), "dtype", None)
+        if present != dtype:
+            found = "is missing" if present is None else f"has dtype {present}"
             raise TypeError(
-                f"{key} of {name} {found}; expected {dtype}: moments in 8 bits are exp_avg (int8), exp_avg_sq (uint8), "
-                "moment_groups (int16) and exp_avg_sq_scale (float32) together. Load a complete state, or delete the "
-                "entry to start anew."
+                f"{key} of {name} {found}; expected {dtype}. {_TOGETHER} Load a complete state, or delete the entry to "
+                "start anew."
             )
     groups = -(-local.numel() // GROUP)
     for key, numel in (("moment_groups", groups), ("exp_avg_sq_scale", 1)):
-        present = local_view(state[key]).numel()
-        if present != numel:
+        here = local_view(state[key]).numel()
+        if here != numel:
             raise ValueError(
-                f"{key} of {name} has {present} elements; expected {numel} beside {local.numel()} "
+                f"{key} of {name} has {here} elements; expected {numel} beside {local.numel()} "
                 "elements of the parameter. A state of 8-bit moments must be loaded into the same shards."
             )
-    return True
 
 
 # --- completing -------------------------------------------------------------------------------------------------------
@@ -258,7 +297,9 @@ def complete_state(
     """
     local = local_view(p)
     if "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=local.device)
+        # torch's SGD does not count: its buffer has received one gradient at least.
+        taken = 0.0 if state.get(BUFFER) is None else 1.0
+        state["step"] = torch.full((), taken, dtype=torch.float32, device=local.device)
     else:
         step = state["step"]
         if not isinstance(step, torch.Tensor):
@@ -282,7 +323,7 @@ def like(p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
 
-def _placed(value: torch.Tensor, p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def placed(value: torch.Tensor, p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`value` itself or, where device, dtype or layout are others, a copy as the kernels want it."""
     value = value.to(device=p.device, dtype=dtype)
     return value if same_layout(local_view(value), local_view(p)) else like(p, dtype).copy_(value)
@@ -296,39 +337,37 @@ def _replace(state: dict[str, Any], key: str, value: torch.Tensor) -> None:
 def _complete_moments(name: str, p: torch.Tensor, state: dict[str, Any], options: dict[str, Any], wanted: str) -> None:
     present = moment_format_in(state)
     if present == "8bit" and wanted == "8bit":
-        for key in ("exp_avg", "exp_avg_sq"):
+        for key in CODES:
             _replace(state, key, state[key].to(p.device))
         device = local_view(p).device
         _replace(state, "moment_groups", state["moment_groups"].to(device))
         _replace(state, "exp_avg_sq_scale", state["exp_avg_sq_scale"].to(device).reshape(()))
         return
     if present == "8bit":
-        wide = {key: like(p, torch.float32) for key in ("exp_avg", "exp_avg_sq")}
-        at = {key: value.to(local_view(p).device) for key, value in local_state(state).items()}
-        for target, value in zip(wide.values(), unpack_moments(at, local_view(p)), strict=True):
-            local_view(target).copy_(value)
-        state.update(wide)
+        state.update(real_moments(p, state))
     for key in OF_8BIT:
         state.pop(key, None)
     if wanted == "8bit":
-        codes: dict[str, Any] = {"exp_avg": like(p, torch.int8), "exp_avg_sq": like(p, torch.uint8)}
+        codes: dict[str, Any] = {key: like(p, OF_8BIT[key]) for key in CODES}
         codes["moment_groups"] = _new_groups(p)
         codes["exp_avg_sq_scale"] = torch.full((), FIRST_SCALE, dtype=torch.float32, device=local_view(p).device)
         if present is not None:
-            m, v = (local_view(_placed(state[key], p, torch.float32)) for key in ("exp_avg", "exp_avg_sq"))
+            m, v = (local_view(placed(state[key], p, torch.float32)) for key in REAL_MOMENTS)
             pack_moments(m, v, local_state(codes))
         state.update(codes)
+        for key in REAL_MOMENTS:
+            state.pop(key, None)
         return
     dtype = torch.bfloat16 if wanted == "bfloat16" else moment_dtype(p.dtype)
-    for key in moment_keys(options["amsgrad"]):
-        if key not in state:
+    for key in moment_keys(options, wanted):
+        if state.get(key) is None:
             state[key] = like(p, dtype)
             continue
         if state[key].dtype == torch.float64 and dtype != torch.float64 and p.dtype != torch.float64:
             warnings.warn(
                 f"{key} of {name} is float64 and its parameter {p.dtype}: it is rounded to {dtype}", stacklevel=2
             )
-        _replace(state, key, _placed(state[key], p, dtype))
+        _replace(state, key, placed(state[key], p, dtype))
 
 
 def _complete_remainder(name: str, p: torch.Tensor, state: dict[str, Any], wanted: torch.dtype | None) -> None:
@@ -344,7 +383,7 @@ def _complete_remainder(name: str, p: torch.Tensor, state: dict[str, Any], wante
     if present is None:
         state["param_remainder"] = like(p, wanted)
         return
-    present = present.to(p.device)
+    present = placed(present, p, present.dtype)
     if present.dtype != wanted:
         local = local_view(p)
         values = merge_weight(local, local_view(present))
@@ -367,7 +406,7 @@ def _complete_average(p: torch.Tensor, state: dict[str, Any], options: dict[str,
     """A new average starts at the weight before this step's update."""
     dtype = ema_dtype(p.dtype, options["ema_format"])
     if "param_ema" in state:
-        _replace(state, "param_ema", _placed(state["param_ema"], p, dtype))
+        _replace(state, "param_ema", placed(state["param_ema"], p, dtype))
         return
     ema = state["param_ema"] = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
     remainder = state.get("param_remainder")
@@ -375,15 +414,3 @@ def _complete_average(p: torch.Tensor, state: dict[str, Any], options: dict[str,
         ema.copy_(p)
     else:
         local_view(ema).copy_(merge_weight(local_view(p), local_view(remainder)))
-
-
-def copy_to(device: torch.device | None, value: Any) -> Any:
-    """A copy of a state value, its tensors on `device` (None: where they are) in their own dtypes."""
-    if isinstance(value, torch.Tensor):
-        # Nothing can be copied from meta; the next step says so, and names the parameter.
-        return value.detach() if value.is_meta else value.detach().to(device=device or value.device, copy=True)
-    if isinstance(value, dict):
-        return {key: copy_to(device, item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(copy_to(device, item) for item in value)
-    return copy.deepcopy(value)

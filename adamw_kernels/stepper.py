@@ -17,6 +17,7 @@ from adamw_kernels.formats import DLPACK_DTYPES, random_stream
 from adamw_kernels.functional import (
     check_grad,
     check_overlap,
+    check_params_overlap,
     check_state,
     chooser,
     dense_grad,
@@ -27,7 +28,8 @@ from adamw_kernels.functional import (
 )
 from adamw_kernels.hyperparameters import check_hyperparameters
 from adamw_kernels.launch_table import LaunchPlan, TensorSpec
-from adamw_kernels.options import FURTHER_OPTIONS, group_hyperparameters
+from adamw_kernels.options import FURTHER_OPTIONS, check_8bit_betas
+from adamw_kernels.rules import group_hyperparameters, moment_keys, read_groups, rule_of
 from adamw_kernels.sharding import first_element, shard_groups
 from adamw_kernels.state import (
     check_adoptable,
@@ -39,11 +41,6 @@ from adamw_kernels.state import (
     state_dtypes,
 )
 from adamw_kernels.tensor_watch import ALWAYS_ODD, NO_ROW, TensorWatch, watch_tensors
-
-# A group's hyperparameters, then its options that shape the plan.
-_torch_options = operator.itemgetter(
-    "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"
-)
 
 
 class Member(NamedTuple):
@@ -121,6 +118,7 @@ class Stepper:
         self._structure: list[Any] | None = None
         self._sizes: list[int] = []  # of the groups' dicts when the plan was built
         self._extended: list[bool] = []  # groups that had any of FURTHER_OPTIONS then
+        self._coded: list[int] = []  # groups whose moments are of 8 bits
 
     # --- the step -------------------------------------------------------------------------------------------------
 
@@ -139,7 +137,7 @@ class Stepper:
             capturing: the current stream is being captured in a CUDA graph.
 
         Raises:
-            ValueError, TypeError, RuntimeError: as `FusedAdamW.step`.
+            ValueError, TypeError, RuntimeError: as `FusedOptimizer.step`.
         """
         signalled = grad_scale is not None or found_inf is not None
         sweep = None if signalled and self.control is None else self._sweep()
@@ -155,7 +153,7 @@ class Stepper:
             raise RuntimeError(
                 "parameters are sharded by FullyShardedDataParallel, and this process knows only its own shards' "
                 "overflow: some would step while others skip. Call scaler.unscale_(optimizer) before "
-                "scaler.step(optimizer), or pass process_group= to FusedAdamW."
+                "scaler.step(optimizer), or pass process_group= to the optimizer."
             )
         if self.control is not None:
             self.control.signal(grad_scale, found_inf, capturing=capturing)
@@ -238,18 +236,11 @@ class Stepper:
             if [*map(_is_extended, self.groups)] != self._extended:
                 return False
             self._sizes = sizes
-        structure: list[Any] = []
-        hypers: list[Any] = []
-        for group, extended in zip(self.groups, self._extended, strict=True):
-            lr, (beta1, beta2), eps, weight_decay, *shape = _torch_options(group)
-            structure += shape
-            if extended:
-                hypers += (lr, beta1, beta2, eps, weight_decay, group.get("max_grad_norm"), group.get("ema_decay"))
-                structure += _further_structure(group)
-            else:  # the usual case, of possibly hundreds of groups
-                hypers += (lr, beta1, beta2, eps, weight_decay, None, None)
+        hypers, structure = read_groups(self.groups, self._extended)
         if structure != self._structure or len(hypers) != len(rows.written):
             return False
+        for index in self._coded:
+            check_8bit_betas(self.groups[index], f"param_groups[{self.place[0] + index}]")
         if not all(map(operator.is_, hypers, rows.written)) and not rows.update(hypers):
             return False
         return rows.refresh()
@@ -287,17 +278,16 @@ class Stepper:
     def _build(self, *, signalled: bool) -> None:
         """Check everything, create missing state, and build the launch tables. No parameter is updated yet."""
         self.plan = self.watch = None
-        hypers: list[Any] = []
-        structure: list[Any] = []
         sizes = [len(group) for group in self.groups]
         extended = [*map(_is_extended, self.groups)]
-        for index, group in enumerate(self.groups):
-            hyper = group_hyperparameters(group)
-            check_hyperparameters(hyper, f"param_groups[{self.place[0] + index}]")
-            hypers += hyper
-            structure += _torch_options(group)[4:]
-            if extended[index]:
-                structure += _further_structure(group)
+        for index, group in enumerate(self.groups, self.place[0]):
+            check_hyperparameters(group_hyperparameters(group), f"param_groups[{index}]")
+            if group.get("decay_coupling") == "schedule" and group.get("initial_lr") is None:
+                raise ValueError(
+                    f"param_groups[{index}]: decay_coupling='schedule', and the group has no initial_lr; expected the "
+                    "lr that stands for a multiplier of 1"
+                )
+        hypers, structure = read_groups(self.groups, extended)
         self.control = self._find_control(signalled)
         with torch._C.DisableTorchFunctionSubclass():
             domains = self._domains()
@@ -328,6 +318,7 @@ class Stepper:
         self.plan = plan
         self.members = members
         self._structure, self._sizes, self._extended = structure, sizes, extended
+        self._coded = [i for i, group in enumerate(self.groups) if group.get("moment_format") == "8bit"]
         self._flat_shards = any(_is_flat_shard(p) for group in self.lists for p in group["params"])
 
     def _name(self, group: int, index: int) -> str:
@@ -345,12 +336,17 @@ class Stepper:
             p = self.lists[group]["params"][index]
             if p.grad is not None or (keep_idle and self.state.get(p)):
                 candidates.setdefault(id(p), (self._name(group, index), group, p, position))
+        stepped: list[tuple[str, torch.Tensor, torch.Tensor]] = []
         for name, group, p, _ in candidates.values():  # first all checks, then the first change
             if p.grad is not None:
                 local = local_param(name, p)
                 check_grad(name, local, _local_grad(p))
-                check_adoptable(name, p, local, self.state.get(p, {}))
+                stepped.append((name, local, _local_grad(p)))
+                check_adoptable(name, p, local, self.state.get(p, {}), rule_of(self.groups[group]))
                 check_formats(name, p, self.groups[group])
+        check_params_overlap(stepped)
+        for device in {local.device for _, local, _ in stepped}:
+            chooser(self.options.backend)(device)
 
         specs: list[TensorSpec] = []
         grads: list[torch.Tensor] = []
@@ -358,8 +354,8 @@ class Stepper:
         steps_seen: set[int] = set()
         for name, group, p, position in candidates.values():
             options = FURTHER_OPTIONS | self.groups[group]
+            self.forget_recast(name, p)
             if p.grad is not None:
-                self.forget_recast(name, p)
                 complete_state(name, p, self.state[p], options, steps_seen)
             try:
                 spec = self._spec(name, group, p, position)
@@ -384,6 +380,8 @@ class Stepper:
             check_state(name, key, local, views[key], dtype)
         if not formats.covers(state):
             raise TypeError(f"the state of {name} has another format")  # to be converted when it is stepped
+        moments = [views[key] for key in moment_keys(options, formats.moments)]
+        first, second, *maximum = moments if rule_of(options) == "adamw" else (*moments, None, None)[:2]
         bound = options["update_bound"]
         if bound == "auto":
             bound = math.inf if formats.moments == "float32" else -1.0
@@ -391,12 +389,16 @@ class Stepper:
             name=name,
             param=local,
             grad_dtype=local.dtype if p.grad is None else _local_grad(p).dtype,
-            exp_avg=views["exp_avg"],
-            exp_avg_sq=views["exp_avg_sq"],
-            max_exp_avg_sq=views.get("max_exp_avg_sq"),
+            exp_avg=first,
+            exp_avg_sq=second,
+            max_exp_avg_sq=maximum[0] if maximum else None,
             step=views["step"],
             hyper=group,
-            amsgrad=bool(options["amsgrad"]),
+            rule=rule_of(options),
+            nesterov=bool(options.get("nesterov")),
+            lr_in_momentum=bool(options["lr_in_momentum"]),
+            schedule_decay=options["decay_coupling"] == "schedule",
+            amsgrad=bool(maximum),
             maximize=bool(options["maximize"]),
             decoupled=bool(options["decoupled_weight_decay"]),
             cautious=bool(options["cautious"]),
@@ -453,15 +455,6 @@ class Stepper:
 def _is_extended(group: dict[str, Any]) -> bool:
     """Whether the group has any of FURTHER_OPTIONS."""
     return not FURTHER_OPTIONS.keys().isdisjoint(group)
-
-
-def _further_structure(group: dict[str, Any]) -> tuple[Any, ...]:
-    """What else shapes the plan; None where a group does not say, which is another way to say the default."""
-    get = group.get
-    return (
-        *(get("cautious"), get("cautious_weight_decay"), get("ema_warmup"), get("ema_format")),
-        *(get("param_format"), get("moment_format"), get("update_bound", "auto")),
-    )
 
 
 def _is_flat_shard(p: torch.Tensor) -> bool:

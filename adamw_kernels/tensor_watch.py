@@ -21,10 +21,13 @@ from adamw_kernels.formats import DLPACK_DTYPES
 STATE_KEYS = (
     "step",
     "exp_avg",
+    "momentum_buffer",
     "exp_avg_sq",
     "max_exp_avg_sq",
     "param_ema",
     "param_remainder",
+    "exp_avg_code",
+    "exp_avg_sq_code",
     "moment_groups",
     "exp_avg_sq_scale",
 )

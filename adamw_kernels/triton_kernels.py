@@ -3,7 +3,7 @@
 The update rule is the twin of `csrc/rule.h`: the same IEEE-754 operations in the same order. Every kernel is compiled
 with `enable_fp_fusion=False`; division and root are the round-to-nearest ones.
 
-Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization (2019), Algorithm 2.
+Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization (2019), Algorithms 1 and 2.
 """
 
 from __future__ import annotations
@@ -86,6 +86,19 @@ def _weight(p, g, m, s, step_size, inv_sqrt_bc2, decay, eps, bound, flags, BOUND
         u = tl.where(((flags & 16) != 0) & (((m > 0) & (g <= 0)) | ((m < 0) & (g >= 0))), 0.0, u)
         r = tl.where(((flags & 32) != 0) & (((u > 0) & (p < 0)) | ((u < 0) & (p > 0))), 0.0, r)
     return p - (r + u)
+
+
+@triton.jit
+def _sgdw(p, grad, m, w1, momentum, step_size, decay, scale, l2, flags):
+    """SGD's whole update: the weight and the momentum buffer. `flags` are the same for the whole tensor."""
+    g = scale * grad
+    g = tl.where((flags & 4) != 0, g + l2 * p, g)
+    entering = w1 * g
+    m = momentum * m + entering
+    direction = tl.where((flags & 0x4000000) != 0, entering + momentum * m, m)
+    u = step_size * direction
+    r = decay * p
+    return p - (r + u), m
 
 
 @triton.jit
@@ -178,6 +191,7 @@ def _update_block(
     GRAD: tl.constexpr,
     COMPUTE: tl.constexpr,
     MOMENTS: tl.constexpr,
+    SGD: tl.constexpr,
     ALIGNED: tl.constexpr,  # elements to which all operands are aligned
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
@@ -198,29 +212,38 @@ def _update_block(
     grad = from_storage(tl.load(_pointer(g, GRAD, ALIGNED) + offsets, mask=mask), COMPUTE)
     MOMENT: tl.constexpr = COMPUTE if MOMENTS == 0 else tl.bfloat16 if MOMENTS == 1 else tl.int8
     m = _pointer(m, MOMENT, ALIGNED) + offsets
-    v = _pointer(v, tl.uint8 if MOMENTS == 2 else MOMENT, ALIGNED) + offsets
-    first = tl.load(m, mask=mask)
-    second = tl.load(v, mask=mask)
-    if MOMENTS == 2:
-        first, second = decode_moments(first, second, tl.load(groups, mask=group_mask), unscale)
-        before = first
+    if SGD:
+        first = tl.zeros(weight.shape, COMPUTE)
+        if (flags & 0x2000000) != 0:
+            first = from_storage(tl.load(m, mask=mask), COMPUTE)
+        weight, first = _sgdw(weight, grad, first, w1, w2, step_size, decay, scale, l2, flags)
+        if MOMENTS == 0:
+            if (flags & 0x2000000) != 0:
+                tl.store(m, first, mask=mask)
     else:
-        first = from_storage(first, COMPUTE)
-        second = from_storage(second, COMPUTE)
-    grad, first, second = _moments(weight, grad, first, second, w1, w2, scale, l2, (flags & 4) != 0)
-    largest = second
-    if MOMENTS == 0:
-        # Stored at once: the second moment need not stay in registers beside its maximum.
-        tl.store(m, first, mask=mask)
-        tl.store(v, second, mask=mask)
-        if (flags & 1) != 0:
-            maximum_at = _pointer(v_max, COMPUTE, ALIGNED) + offsets
-            maximum = tl.load(maximum_at, mask=mask)
-            largest = tl.where((second > maximum) | (second != second), second, maximum)
-            tl.store(maximum_at, largest, mask=mask)
-    weight = _weight(
-        weight, grad, first, largest, step_size, inv_sqrt_bc2, decay, eps, bound, flags, BOUNDED=MOMENTS != 0
-    )
+        v = _pointer(v, tl.uint8 if MOMENTS == 2 else MOMENT, ALIGNED) + offsets
+        first = tl.load(m, mask=mask)
+        second = tl.load(v, mask=mask)
+        if MOMENTS == 2:
+            first, second = decode_moments(first, second, tl.load(groups, mask=group_mask), unscale)
+            before = first
+        else:
+            first = from_storage(first, COMPUTE)
+            second = from_storage(second, COMPUTE)
+        grad, first, second = _moments(weight, grad, first, second, w1, w2, scale, l2, (flags & 4) != 0)
+        largest = second
+        if MOMENTS == 0:
+            # Stored at once: the second moment need not stay in registers beside its maximum.
+            tl.store(m, first, mask=mask)
+            tl.store(v, second, mask=mask)
+            if (flags & 1) != 0:
+                maximum_at = _pointer(v_max, COMPUTE, ALIGNED) + offsets
+                maximum = tl.load(maximum_at, mask=mask)
+                largest = tl.where((second > maximum) | (second != second), second, maximum)
+                tl.store(maximum_at, largest, mask=mask)
+        weight = _weight(
+            weight, grad, first, largest, step_size, inv_sqrt_bc2, decay, eps, bound, flags, BOUNDED=MOMENTS != 0
+        )
 
     word0 = tl.full(offsets.shape, 0, tl.uint32)
     if MOMENTS != 0:
@@ -235,8 +258,12 @@ def _update_block(
         tl.store(_pointer(p, PARAM, ALIGNED) + offsets, weight, mask=mask)
 
     if MOMENTS == 1:
-        tl.store(m, to_bfloat16_stochastic(first, word1 & 0xFFFF), mask=mask)
-        tl.store(v, to_bfloat16_stochastic(second, word1 >> 16), mask=mask)
+        if SGD:
+            if (flags & 0x2000000) != 0:
+                tl.store(m, to_bfloat16_stochastic(first, word1 & 0xFFFF), mask=mask)
+        else:
+            tl.store(m, to_bfloat16_stochastic(first, word1 & 0xFFFF), mask=mask)
+            tl.store(v, to_bfloat16_stochastic(second, word1 >> 16), mask=mask)
     elif MOMENTS == 2:
         if MASKED:  # what is not there takes part in nothing
             first = tl.where(mask, first, 0.0)
@@ -272,6 +299,7 @@ def update_kernel(
     GRAD: tl.constexpr,  # storage dtype of the gradient
     COMPUTE: tl.constexpr,  # dtype of the arithmetic
     MOMENTS: tl.constexpr,  # 0: of the compute dtype, 1: bfloat16, 2: 8 bits
+    SGD: tl.constexpr,  # the rule is SGD's, else Adam's
     PARAM_BYTES: tl.constexpr,
     GRAD_BYTES: tl.constexpr,
     COMPUTE_BYTES: tl.constexpr,
@@ -298,7 +326,7 @@ def update_kernel(
         row = rows + tensor * 16
         p = tl.load(row)
         m = tl.load(row + 1)
-        v = tl.load(row + 2)
+        v = m if SGD else tl.load(row + 2)
         numel = tl.load(row + 5)
         flags = tl.load(row + 7)
         ema = tl.load(row + 8)
@@ -325,12 +353,16 @@ def update_kernel(
             past = past * 0  # groups begin with the tensor
         p -= past * PARAM_BYTES
         g -= past * GRAD_BYTES
-        m -= past * MOMENT_BYTES
-        v -= past * MOMENT_BYTES
+        if SGD:  # 0 without momentum
+            m = tl.where((flags & 0x2000000) != 0, m - past * MOMENT_BYTES, 0)
+            v = m
+        else:
+            m -= past * MOMENT_BYTES
+            v -= past * MOMENT_BYTES
         misaligned = (p & (VECTOR * PARAM_BYTES - 1)) | (g & (VECTOR * GRAD_BYTES - 1))
         misaligned |= (m | v) & (VECTOR * MOMENT_BYTES - 1)
         v_max = v
-        if MOMENTS == 0:
+        if MOMENTS == 0 and not SGD:
             v_max = tl.where((flags & 1) != 0, tl.load(row + 3) - past * COMPUTE_BYTES, 0)
             misaligned |= v_max & (VECTOR * COMPUTE_BYTES - 1)
         ema_bytes = tl.where((flags & 0x10000) != 0, 2, COMPUTE_BYTES)
@@ -355,13 +387,14 @@ def update_kernel(
             if (misaligned == 0) & (start >= past) & (start + BLOCK <= end):
                 start = tl.multiple_of(start, 16)  # chunk sizes are multiples of 16 elements
                 _update_block(
-                    at, element, start, end, c, key, flags, PARAM, GRAD, COMPUTE, MOMENTS, VECTOR, BLOCK, False
+                    at, element, start, end, c, key, flags, PARAM, GRAD, COMPUTE, MOMENTS, SGD, VECTOR, BLOCK, False
                 )
             else:
                 stop = tl.minimum(start + BLOCK, end)
                 for masked in tl.range(tl.maximum(start, past), stop, MASKED_BLOCK, disable_licm=True):
                     _update_block(
-                        at, element, masked, stop, c, key, flags, PARAM, GRAD, COMPUTE, MOMENTS, 1, MASKED_BLOCK, True
+                        *(at, element, masked, stop, c, key, flags),
+                        *(PARAM, GRAD, COMPUTE, MOMENTS, SGD, 1, MASKED_BLOCK, True),
                     )
 
 
@@ -386,9 +419,14 @@ COMPILE_OPTIONS = {"enable_fp_fusion": False}
 
 
 def update_options(
-    param_dtype: torch.dtype, grad_dtype: torch.dtype, moment_format: str, *, interpreted: bool = False
+    param_dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    moment_format: str,
+    rule: str = "adamw",
+    *,
+    interpreted: bool = False,
 ) -> dict[str, Any]:
-    """The constexpr arguments of `update_kernel` for a dtype combination, and its number of warps."""
+    """The constexpr arguments of `update_kernel` for what one launch shares, and its number of warps."""
     compute = compute_dtype(param_dtype)
     moments = MOMENT_FORMATS.index(moment_format)
     moment_bytes = (compute.itemsize, 2, 1)[moments]
@@ -405,6 +443,7 @@ def update_options(
         "GRAD": _TRITON_DTYPES[grad_dtype],
         "COMPUTE": _TRITON_DTYPES[compute],
         "MOMENTS": moments,
+        "SGD": rule == "sgdw",
         "PARAM_BYTES": param_dtype.itemsize,
         "GRAD_BYTES": grad_dtype.itemsize,
         "COMPUTE_BYTES": compute.itemsize,
@@ -496,7 +535,7 @@ class TritonBackend:
         for batch in table.batches:
             if batch.begin == batch.end:
                 continue  # nothing but empty tensors
-            combination = batch.param_dtype, batch.grad_dtype, batch.moment_format
+            combination = batch.param_dtype, batch.grad_dtype, batch.moment_format, batch.rule
             run(
                 update_kernel,
                 batch.end - batch.begin,
@@ -521,11 +560,13 @@ assert (layout.ROW_FIRST_ELEMENT, layout.ROW_UPDATE_BOUND) == (14, 15)
 assert (layout.AMSGRAD, layout.MAXIMIZE, layout.L2, layout.FLOAT64) == (1, 2, 4, 8)
 assert (layout.CAUTIOUS, layout.CAUTIOUS_DECAY, layout.CLIP, layout.EMA) == (16, 32, 64, 128)
 assert (layout.EMA_BFLOAT16, layout.EMA_WARMUP, layout.BOUND) == (0x10000, 0x20000, 0x40000)
+assert (layout.SCHEDULE_DECAY, layout.SGD, layout.MOMENTUM) == (0x80000, 0x1000000, 0x2000000)
+assert (layout.NESTEROV, layout.LR_IN_MOMENTUM) == (0x4000000, 0x8000000)
 assert (layout.GRAD_DTYPE_SHIFT, layout.PARAM_FORMAT_SHIFT, GROUP) == (12, 20, 16)
 assert PARAM_FORMATS == ("native", "stochastic", "split24", "split32")
 assert MOMENT_FORMATS == ("float32", "bfloat16", "8bit")
 assert (layout.COEFFICIENT_ROW_BYTES, layout.KEY_OFFSET) == (128, 120)
-assert (hyperparameters.HYPER_SOURCE, hyperparameters.FROM_FLOAT32, hyperparameters.FROM_FLOAT64) == (7, 1, 2)
-assert (hyperparameters.WORDS_PER_HYPER_ROW, layout.WORDS_PER_DOMAIN, layout.CHUNK_TENSOR_SHIFT) == (8, 4, 32)
+assert (hyperparameters.HYPER_SOURCE, hyperparameters.FROM_FLOAT32, hyperparameters.FROM_FLOAT64) == (8, 1, 2)
+assert (hyperparameters.WORDS_PER_HYPER_ROW, layout.WORDS_PER_DOMAIN, layout.CHUNK_TENSOR_SHIFT) == (9, 4, 32)
 assert (control.DECISION_SKIP, control.DECISION_SKIPPED_STEPS, control.DECISION_NORM) == (0, 1, 2)
 assert (control.DECISION_INV_SCALE, control.DECISION_NORMS) == (3, 4)

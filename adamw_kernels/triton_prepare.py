@@ -34,7 +34,7 @@ def _powers(base1, base2, base3, exponent):
 @triton.jit
 def _hyper_field(hypers, row, source, active, FIELD: tl.constexpr):
     """A hyperparameter in float64: the row's own value, or that of the float32 or float64 tensor it points to."""
-    word = tl.load(hypers + row * 8 + FIELD, mask=active, other=0)
+    word = tl.load(hypers + row * 9 + FIELD, mask=active, other=0)
     kind = (source >> (2 * FIELD)) & 3
     value = word.to(tl.float64, bitcast=True)
     single = tl.load(word.to(tl.pointer_type(tl.float32)), mask=active & (kind == 1), other=0.0).to(tl.float64)
@@ -62,7 +62,7 @@ def prepare_kernel(rows, grads, hypers, coefficients, decision, num_tensors, BLO
     tl.store(step, taken, mask=active)
     t = taken.to(tl.int64)
 
-    source = tl.load(hypers + group * 8 + 7, mask=active, other=0)
+    source = tl.load(hypers + group * 9 + 8, mask=active, other=0)
     lr = _hyper_field(hypers, group, source, active, 0)
     beta1 = _hyper_field(hypers, group, source, active, 1)
     beta2 = _hyper_field(hypers, group, source, active, 2)
@@ -70,6 +70,7 @@ def prepare_kernel(rows, grads, hypers, coefficients, decision, num_tensors, BLO
     weight_decay = _hyper_field(hypers, group, source, active, 4)
     max_grad_norm = _hyper_field(hypers, group, source, active, 5)
     ema_decay = _hyper_field(hypers, group, source, active, 6)
+    initial_lr = _hyper_field(hypers, group, source, active, 7)
 
     one = tl.full((BLOCK,), 1.0, tl.float64)
     zero = tl.full((BLOCK,), 0.0, tl.float64)
@@ -82,7 +83,9 @@ def prepare_kernel(rows, grads, hypers, coefficients, decision, num_tensors, BLO
     power1, power2, power_q = _powers(beta1, beta2, q, t)
     step_size = lr / (one - power1)
     inv_sqrt_bc2 = one / tl.sqrt(one - power2)
-    decay = tl.where(l2, zero, lr * weight_decay)
+    follows_schedule = (flags & 0x80000) != 0
+    rate = tl.where(follows_schedule, lr / tl.where(follows_schedule, initial_lr, one), lr)
+    decay = tl.where(l2, zero, rate * weight_decay)
     l2_decay = tl.where(l2, weight_decay, zero)
 
     inv_scale = tl.load(decision + 3).to(tl.float64, bitcast=True)
@@ -102,6 +105,15 @@ def prepare_kernel(rows, grads, hypers, coefficients, decision, num_tensors, BLO
     largest_update = largest_update * tl.full((BLOCK,), 1.001, tl.float64)
     bound = tl.where(lr < 0, -lr, lr) * tl.where(update_bound < 0, largest_update, update_bound)
     bound = tl.where((flags & 0x40000) != 0, bound, float("inf"))
+
+    # SGD: beta1 is the momentum, beta2 the dampening; the first gradient is the buffer.
+    sgd = (flags & 0x1000000) != 0
+    lr_in_momentum = (flags & 0x8000000) != 0
+    dampening = tl.where(((flags & 0x2000000) != 0) & (t > 1), beta2, zero)
+    entering = tl.where(lr_in_momentum, lr * (one - dampening), one - dampening)
+    w1 = tl.where(sgd, entering, w1)
+    w2 = tl.where(sgd, beta1, w2)
+    step_size = tl.where(sgd, tl.where(lr_in_momentum, one, lr), step_size)
 
     warmup = (one + taken64) / (one * 10.0 + taken64)
     ema_decay = tl.where(((flags & 0x20000) != 0) & ((ema_decay < warmup) == 0), warmup, ema_decay)

@@ -1,8 +1,9 @@
-"""The figure of training in several storage formats: loss against steps, every seed, and the last validation losses."""
+"""The figure of training in several storage formats: loss against steps and validation losses against float32's."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -13,6 +14,7 @@ from bench.curves import RUNS
 from bench.plot import DPI, Record, tidy, write_around
 
 COLOURS = ("#333333", "#1c7293", "#d9480f", "#f59f00", "#7048e8", "#2b8a3e")
+BASELINE = RUNS[0].name
 
 
 def draw(folder: Path) -> Path | None:
@@ -23,20 +25,28 @@ def draw(folder: Path) -> Path | None:
     layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.08, rect=(0, 0.12, 1, 0.79))
     figure = Figure(figsize=(11, 5), facecolor="white", layout=layout)
     FigureCanvasAgg(figure)
-    curves, last = figure.subplots(1, 2, width_ratios=(3, 2))
+    curves, gaps = figure.subplots(1, 2, width_ratios=(1, 1))
+    baseline = losses(records, BASELINE, "val_loss")
     for place, (run, colour) in enumerate(zip(RUNS, COLOURS, strict=True)):
-        own = [row for row in records if row["format"] == run.name]
-        for index, seed in enumerate(sorted({row["seed"] for row in own})):
-            points = sorted((row["step"], row["train_loss"]) for row in own if row["seed"] == seed)
-            name = run.name if index == 0 else None
-            curves.plot(*zip(*points, strict=True), color=colour, linewidth=0.9, alpha=0.8, label=name)
-        losses = last_losses(own)
-        last.plot(losses, [-place] * len(losses), "o", color=colour, markersize=5)
+        trained = losses(records, run.name, "train_loss")
+        points = sorted((step, fmean(by_seed.values())) for step, by_seed in trained.items())
+        curves.plot(*zip(*points, strict=True), color=colour, linewidth=1.1, label=run.name)
+        shift = (place - (len(RUNS) - 1) / 2) * 18  # steps: side by side
+        relative = sorted(
+            (step, [100 * (loss / baseline[step][seed] - 1) for seed, loss in by_seed.items()])
+            for step, by_seed in losses(records, run.name, "val_loss").items()
+        )
+        if run.name == BASELINE:
+            gaps.axhline(0, color=colour, linewidth=1.1)
+            continue
+        for step, values in relative:
+            gaps.plot([step + shift] * len(values), values, "o", color=colour, markersize=3.5, alpha=0.55)
+        means = [(step + shift, fmean(values)) for step, values in relative]
+        gaps.plot(*zip(*means, strict=True), color=colour, linewidth=1.1)
     curves.set_ylim(top=sorted(row["train_loss"] for row in records)[-len(records) // 20])
     curves.legend(frameon=False)
-    last.set_yticks([-place for place in range(len(RUNS))], [run.name for run in RUNS])
-    tidy(curves, "training loss, nats a byte, against steps", grid="y")
-    tidy(last, "validation loss after the last step, one point a seed", grid="x")
+    tidy(curves, "training loss, nats a byte, mean of the seeds, against steps", grid="y")
+    tidy(gaps, f"validation loss against {BASELINE}'s of the same seed, %; lines: means", grid="y")
     lines = ["The model of examples/train_gpt.py; of a seed, all runs have the same weights and batches."]
     write_around(
         figure,
@@ -49,8 +59,10 @@ def draw(folder: Path) -> Path | None:
     return path
 
 
-def last_losses(records: list[Record]) -> list[float]:
-    """The validation loss of each seed's last step."""
-    validated = [row for row in records if row["val_loss"] is not None]
-    steps = max((row["step"] for row in validated), default=0)
-    return [row["val_loss"] for row in sorted(validated, key=lambda row: row["seed"]) if row["step"] == steps]
+def losses(records: list[Record], name: str, key: str) -> dict[int, dict[int, float]]:
+    """A format's losses by step and seed, where they were measured."""
+    found: dict[int, dict[int, float]] = {}
+    for row in records:
+        if row["format"] == name and row[key] is not None:
+            found.setdefault(row["step"], {})[row["seed"]] = row[key]
+    return found

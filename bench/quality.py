@@ -23,6 +23,7 @@ import torch
 
 from adamw_kernels import FusedAdamW
 from adamw_kernels.packing import unpack_moments
+from adamw_kernels.state import moment_keys
 from bench import record_trace, rows
 from bench.published_formats import PUBLISHED, PublishedFormat
 
@@ -133,7 +134,8 @@ class Adam:
             total = self.format.published.bytes_per_param
             return total, total - 2
         state = self.optimizer.state[self.param]
-        moments = sum(state[name].nbytes for name in ("exp_avg", "exp_avg_sq")) / self.param.numel()
+        keys = moment_keys(self.format.moment_format, amsgrad=False)
+        moments = sum(state[key].nbytes for key in keys) / self.param.numel()
         groups = state["moment_groups"].nbytes / self.param.numel() if "moment_groups" in state else 0.0
         return moments + groups, groups
 

@@ -37,6 +37,11 @@ py::dict layout() {
   result["ema_bfloat16"] = kEmaBfloat16;
   result["ema_warmup"] = kEmaWarmup;
   result["bound"] = kBound;
+  result["schedule_decay"] = kScheduleDecay;
+  result["sgd"] = kSgd;
+  result["momentum"] = kMomentum;
+  result["nesterov"] = kNesterov;
+  result["lr_in_momentum"] = kLrInMomentum;
   result["param_format_shift"] = kParamFormatShift;
   result["moment_format_shift"] = kMomentFormatShift;
   result["group"] = kGroup;

@@ -43,9 +43,29 @@ void update_elements(const Chunk& chunk) {
   }
 }
 
+template <bool kWithMomentum, typename P, typename G>
+void update_elements_of_sgd(const Chunk& chunk) {
+  using T = typename compute_type<P>::type;
+  P* p = reinterpret_cast<P*>(chunk.row->param);
+  const G* g = reinterpret_cast<const G*>(chunk.grad);
+  T* m = reinterpret_cast<T*>(chunk.row->exp_avg);
+  const Coefficients<T> c = *static_cast<const Coefficients<T>*>(chunk.coefficients);
+  const int64_t flags = chunk.row->flags;
+  ADAMW_VECTORIZE
+  for (int64_t i = chunk.begin; i < chunk.end; ++i) {
+    T weight = load<T>(p + i), buffer = kWithMomentum ? m[i] : T(0);
+    sgdw(weight, load<T>(g + i), buffer, c, flags);
+    store(p + i, weight);
+    if (kWithMomentum) m[i] = buffer;
+  }
+}
+
 template <typename P, typename G>
 void update_chunk(const Chunk& chunk) {
   const int64_t flags = chunk.row->flags;
+  if (flags & kSgd) {
+    return flags & kMomentum ? update_elements_of_sgd<true, P, G>(chunk) : update_elements_of_sgd<false, P, G>(chunk);
+  }
   const bool varied = (flags & (kVariants | kBound)) != 0;
   if (flags & kAmsgrad) {
     return varied ? update_elements<true, true, true, P, G>(chunk) : update_elements<true, false, false, P, G>(chunk);

@@ -129,8 +129,7 @@ TileStage weight_stage(const TensorRow& row, const TileStage (&of_16_bits)[2][4]
   return dtype == kF32 ? of_float32 : of_16_bits[dtype == kF16][format_of(row.flags, kParamFormatShift)];
 }
 
-// --- gradients
-// --------------------------------------------------------------------------------------------------------
+// --- gradients -----------------------------------------------------------------------------------------------------
 
 template <typename G>
 void load_gradients(Tile& tile) {
@@ -144,8 +143,7 @@ void load_gradients(Tile& tile) {
 constexpr TileStage kLoadGradients[kDtypes] = {load_gradients<float>, load_gradients<bf16>, load_gradients<fp16>,
                                                nullptr};
 
-// --- moments
-// ----------------------------------------------------------------------------------------------------------
+// --- moments -------------------------------------------------------------------------------------------------------
 
 template <typename M>
 void load_moments(Tile& tile) {
@@ -159,8 +157,34 @@ void load_moments(Tile& tile) {
   }
 }
 
-void store_moments_wide(Tile& tile) {
+// SGD's momentum buffer alone.
+template <typename M>
+void load_buffer(Tile& tile) {
+  const M* m = elements<M>(tile.row->exp_avg, tile);
+  const int64_t count = tile.count;
+  ADAMW_VECTORIZE
+  for (int64_t i = 0; i < count; ++i) tile.first[i] = load<float>(m + i);
+}
+
+void store_buffer_wide(Tile& tile) {
   memcpy(elements<float>(tile.row->exp_avg, tile), tile.first, tile.count * sizeof(float));
+}
+
+void store_buffer_in_bf16(Tile& tile) {
+  bf16* m = elements<bf16>(tile.row->exp_avg, tile);
+  const int64_t count = tile.count;
+  ADAMW_VECTORIZE
+  for (int64_t i = 0; i < count; ++i) {
+    store_stochastic(m + i, tile.first[i], RandomBits{0, tile.word1[i]}.for_first_moment());
+  }
+}
+
+void no_buffer(Tile& tile) { memset(tile.first, 0, sizeof(tile.first)); }
+
+void keep_no_buffer(Tile& /*tile*/) {}
+
+void store_moments_wide(Tile& tile) {
+  store_buffer_wide(tile);
   memcpy(elements<float>(tile.row->exp_avg_sq, tile), tile.second, tile.count * sizeof(float));
 }
 
@@ -286,8 +310,11 @@ void store_moments8(Tile& tile) {
 constexpr TileStage kLoadMoments[kMomentFormats] = {load_moments<float>, load_moments<bf16>, load_moments8};
 constexpr TileStage kStoreMoments[kMomentFormats] = {store_moments_wide, store_moments_in_bf16, store_moments8};
 
-// --- a tile
-// -----------------------------------------------------------------------------------------------------------
+// SGD's has none of 8 bits.
+constexpr TileStage kLoadBuffer[] = {load_buffer<float>, load_buffer<bf16>};
+constexpr TileStage kStoreBuffer[] = {store_buffer_wide, store_buffer_in_bf16};
+
+// --- a tile --------------------------------------------------------------------------------------------------------
 
 void draw(Tile& tile) {
   const int64_t first = tile.row->first_element + tile.begin;
@@ -314,6 +341,13 @@ void update_tile(Tile& tile) {
                                              c, flags);
     if (kWithAmsgrad) v_max[i] = maximum;
   }
+}
+
+void update_tile_of_sgd(Tile& tile) {
+  const Coefficients<float> c = *tile.coefficients;
+  const int64_t flags = tile.row->flags, count = tile.count;
+  ADAMW_VECTORIZE
+  for (int64_t i = 0; i < count; ++i) sgdw(tile.weight[i], tile.gradient[i], tile.first[i], c, flags);
 }
 
 // The moving average of the weights as they now are remembered.
@@ -350,6 +384,11 @@ void update_packed(const TensorRow& row, int64_t grad, int64_t coefficients, int
   const int64_t flags = row.flags, moment_format = format_of(flags, kMomentFormatShift);
   const TileStage load_weight = weight_stage(row, kLoadWeights, load_weights<float>);
   const TileStage store_weight = weight_stage(row, kStoreWeights, store_weights<float>);
+  TileStage load_moments = kLoadMoments[moment_format], store_moments = kStoreMoments[moment_format];
+  if (flags & kSgd) {
+    load_moments = flags & kMomentum ? kLoadBuffer[moment_format] : no_buffer;
+    store_moments = flags & kMomentum ? kStoreBuffer[moment_format] : keep_no_buffer;
+  }
   Tile tile;
   tile.row = &row;
   tile.grad = grad;
@@ -359,9 +398,11 @@ void update_packed(const TensorRow& row, int64_t grad, int64_t coefficients, int
     tile.count = tile.begin + kTile < end ? kTile : end - tile.begin;
     load_weight(tile);
     kLoadGradients[(flags >> kGradDtypeShift) & kDtypeMask](tile);
-    kLoadMoments[moment_format](tile);
+    load_moments(tile);
     if (is_random(flags)) draw(tile);
-    if (flags & kAmsgrad) {
+    if (flags & kSgd) {
+      update_tile_of_sgd(tile);
+    } else if (flags & kAmsgrad) {
       update_tile<true, true>(tile);
     } else if (flags & kVariants) {
       update_tile<false, true>(tile);
@@ -369,7 +410,7 @@ void update_packed(const TensorRow& row, int64_t grad, int64_t coefficients, int
       update_tile<false, false>(tile);
     }
     store_weight(tile);
-    kStoreMoments[moment_format](tile);
+    store_moments(tile);
     if (flags & kEma) {
       load_weight(tile);
       average_tile(tile);

@@ -65,6 +65,35 @@ __device__ __forceinline__ void update_each(Vector<T, N>& weight, const Vector<G
   }
 }
 
+// SGD: the momentum buffer is all that it has beside the weight.
+template <int N, typename At>
+__device__ __forceinline__ void update_vector_of_sgd(const At& at, int64_t i, const Coefficients<typename At::T>& c) {
+  using T = typename At::T;
+  using M = typename At::M;
+  constexpr bool kWide = sizeof(M) == sizeof(T);
+  const bool has_buffer = (at.flags & kMomentum) != 0;
+  Vector<T, N> weight;
+  Vector<M, N> stored = {};
+  load_weights(at, i, weight);
+  const auto g = as_vector<const Vector<typename At::G, N>>(at.g + i);
+  if (has_buffer) stored = as_vector<Vector<M, N>>(at.m + i);
+  RandomBits random[N] = {};
+  if (!kWide || rounds_weights_stochastically(at)) draw(at, i, random);
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    T buffer = load<T>(&stored.at[k]);
+    sgdw(weight.at[k], load<T>(&g.at[k]), buffer, c, at.flags);
+    if constexpr (kWide) {
+      stored.at[k] = buffer;
+    } else {
+      store_stochastic(&stored.at[k], buffer, random[k].for_first_moment());
+    }
+  }
+  if (has_buffer) as_vector<Vector<M, N>>(at.m + i) = stored;
+  store_weights(at, i, weight, random);
+  if (at.flags & kEma) average(at, i, weight);
+}
+
 // Elements [i, i + N) in one access an operand, or two where 16 bytes do not hold them. Branching on the flags here,
 // between the loads and the stores, takes some 10 registers a thread fewer than a copy of the loops for each kind; two
 // kinds, because every one more is 500 to 1,000 instructions to fetch. The average comes when the moments' registers
@@ -116,10 +145,19 @@ __device__ __forceinline__ void update_vector(const At& at, int64_t i, const Coe
   if (at.flags & kEma) average(at, i, weight);
 }
 
+template <bool kIsSgd, int N, typename At>
+__device__ __forceinline__ void update_some(const At& at, int64_t i, const Coefficients<typename At::T>& c) {
+  if constexpr (kIsSgd) {
+    update_vector_of_sgd<N>(at, i, c);
+  } else {
+    update_vector<N>(at, i, c);
+  }
+}
+
 // One block a chunk. Chunk boundaries are moved down by `past_boundary` elements, so that vectors start on 16-byte
 // boundaries when all operands are the same number of elements past one; then only a tensor's first and last few
 // elements go one by one. Operands that disagree go one by one throughout. M: what the moments are stored as.
-template <typename P, typename G, typename M>
+template <typename P, typename G, typename M, bool kIsSgd>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<P, G, M>) update_kernel(LaunchTable table, int64_t first_chunk) {
   constexpr int N = kVectorLength<P, G>;
   static_assert(N * sizeof(P) >= kVectorBytes, "at most one vector lies partly before a tensor's first element");
@@ -131,9 +169,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<P, G, M>) update_kernel(L
   const int64_t numel = at.row().numel;
 
   const auto past_boundary = static_cast<int64_t>((reinterpret_cast<uint64_t>(at.p) & (kVectorBytes - 1)) / sizeof(P));
-  const bool aligned = start_vectors<N>(at, past_boundary) && starts_vector<N>(at.m, past_boundary) &&
-                       starts_vector<N>(at.v, past_boundary) &&
-                       (!(at.flags & kAmsgrad) || starts_vector<N>(at.v_max(), past_boundary));
+  const bool has_first = !kIsSgd || (at.flags & kMomentum), has_maximum = !kIsSgd && (at.flags & kAmsgrad);
+  const bool aligned = start_vectors<N>(at, past_boundary) &&
+                       (!has_first || starts_vector<N>(at.m, past_boundary)) &&
+                       (kIsSgd || starts_vector<N>(at.v, past_boundary)) &&
+                       (!has_maximum || starts_vector<N>(at.v_max(), past_boundary));
   const int64_t start = chunk.index * table.chunk_size - (aligned ? past_boundary : 0);
   const int64_t begin = start > 0 ? start : 0;
   const bool is_last = (chunk.index + 1) * table.chunk_size >= numel;
@@ -147,12 +187,12 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<P, G, M>) update_kernel(L
 #pragma unroll 1
   for (int64_t j = threadIdx.x; j < edges; j += kThreads) {
     const int64_t i = begin + j;
-    update_vector<1>(at, i < body_begin ? i : i + body, c);
+    update_some<kIsSgd, 1>(at, i < body_begin ? i : i + body, c);
   }
   const int64_t body_end = body_begin + body;
 #pragma unroll 1
   for (int64_t i = body_begin + static_cast<int64_t>(threadIdx.x) * N; i < body_end; i += kThreads * N) {
-    update_vector<N>(at, i, c);
+    update_some<kIsSgd, N>(at, i, c);
   }
 }
 
@@ -311,19 +351,24 @@ __global__ void decide_kernel(LaunchTable table) {
 
 using UpdateKernel = void (*)(LaunchTable, int64_t);
 
+template <typename P, typename G, typename M>
+constexpr UpdateKernel kAdamw = update_kernel<P, G, M, false>;
+template <typename P, typename G, typename M>
+constexpr UpdateKernel kSgdw = update_kernel<P, G, M, true>;
+
 // [moments' format][parameter dtype][gradient dtype], in the order of MomentFormat and DtypeCode.
-constexpr UpdateKernel kUpdateKernels[kMomentFormats][kDtypes][kDtypes] = {
+constexpr UpdateKernel kAdamwKernels[kMomentFormats][kDtypes][kDtypes] = {
     {
-        {update_kernel<float, float, float>, update_kernel<float, bf16, float>, update_kernel<float, fp16, float>},
-        {update_kernel<bf16, float, float>, update_kernel<bf16, bf16, float>, update_kernel<bf16, fp16, float>},
-        {update_kernel<fp16, float, float>, update_kernel<fp16, bf16, float>, update_kernel<fp16, fp16, float>},
-        {update_kernel<double, float, double>, update_kernel<double, bf16, double>, update_kernel<double, fp16, double>,
-         update_kernel<double, double, double>},
+        {kAdamw<float, float, float>, kAdamw<float, bf16, float>, kAdamw<float, fp16, float>},
+        {kAdamw<bf16, float, float>, kAdamw<bf16, bf16, float>, kAdamw<bf16, fp16, float>},
+        {kAdamw<fp16, float, float>, kAdamw<fp16, bf16, float>, kAdamw<fp16, fp16, float>},
+        {kAdamw<double, float, double>, kAdamw<double, bf16, double>, kAdamw<double, fp16, double>,
+         kAdamw<double, double, double>},
     },
     {
-        {update_kernel<float, float, bf16>, update_kernel<float, bf16, bf16>, update_kernel<float, fp16, bf16>},
-        {update_kernel<bf16, float, bf16>, update_kernel<bf16, bf16, bf16>, update_kernel<bf16, fp16, bf16>},
-        {update_kernel<fp16, float, bf16>, update_kernel<fp16, bf16, bf16>, update_kernel<fp16, fp16, bf16>},
+        {kAdamw<float, float, bf16>, kAdamw<float, bf16, bf16>, kAdamw<float, fp16, bf16>},
+        {kAdamw<bf16, float, bf16>, kAdamw<bf16, bf16, bf16>, kAdamw<bf16, fp16, bf16>},
+        {kAdamw<fp16, float, bf16>, kAdamw<fp16, bf16, bf16>, kAdamw<fp16, fp16, bf16>},
     },
     {
         {update8_kernel<float, float>, update8_kernel<float, bf16>, update8_kernel<float, fp16>},
@@ -331,9 +376,24 @@ constexpr UpdateKernel kUpdateKernels[kMomentFormats][kDtypes][kDtypes] = {
         {update8_kernel<fp16, float>, update8_kernel<fp16, bf16>, update8_kernel<fp16, fp16>},
     },
 };
+constexpr UpdateKernel kSgdwKernels[kMomentFormats - 1][kDtypes][kDtypes] = {
+    {
+        {kSgdw<float, float, float>, kSgdw<float, bf16, float>, kSgdw<float, fp16, float>},
+        {kSgdw<bf16, float, float>, kSgdw<bf16, bf16, float>, kSgdw<bf16, fp16, float>},
+        {kSgdw<fp16, float, float>, kSgdw<fp16, bf16, float>, kSgdw<fp16, fp16, float>},
+        {kSgdw<double, float, double>, kSgdw<double, bf16, double>, kSgdw<double, fp16, double>,
+         kSgdw<double, double, double>},
+    },
+    {
+        {kSgdw<float, float, bf16>, kSgdw<float, bf16, bf16>, kSgdw<float, fp16, bf16>},
+        {kSgdw<bf16, float, bf16>, kSgdw<bf16, bf16, bf16>, kSgdw<bf16, fp16, bf16>},
+        {kSgdw<fp16, float, bf16>, kSgdw<fp16, bf16, bf16>, kSgdw<fp16, fp16, bf16>},
+    },
+};
 
 UpdateKernel update_kernel_of(const adamw_kernels::CudaBatch& batch) {
-  return kUpdateKernels[batch.moment_format][batch.param_dtype][batch.grad_dtype];
+  const auto& kernels = batch.is_sgd ? kSgdwKernels[batch.moment_format] : kAdamwKernels[batch.moment_format];
+  return kernels[batch.param_dtype][batch.grad_dtype];
 }
 
 cudaLaunchConfig_t launch_config(int64_t blocks, int64_t stream, int threads = kThreads) {

@@ -5,8 +5,9 @@
 
 namespace adamw_kernels {
 
-// Chunks [begin, end) of a launch table whose tensors share both dtypes and the moments' format.
+// Chunks [begin, end) of a launch table whose tensors share the rule, both dtypes and the moments' format.
 struct CudaBatch {
+  int64_t is_sgd;
   int64_t param_dtype;
   int64_t grad_dtype;
   int64_t moment_format;

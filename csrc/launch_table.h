@@ -22,12 +22,17 @@ constexpr int64_t kEma = 128;           // ema is valid
 constexpr int kParamDtypeShift = 8;
 constexpr int kGradDtypeShift = 12;
 constexpr int64_t kDtypeMask = 15;
-constexpr int64_t kEmaBfloat16 = 1 << 16;  // ema is bfloat16, rounded stochastically; else of the compute type
-constexpr int64_t kEmaWarmup = 1 << 17;    // ema_decay grows from 2/11 at the first step: (1 + t) / (10 + t) at most
-constexpr int64_t kBound = 1 << 18;        // update_bound limits the update
-constexpr int kParamFormatShift = 20;      // two bits each
+constexpr int64_t kEmaBfloat16 = 1 << 16;    // ema is bfloat16, rounded stochastically; else of the compute type
+constexpr int64_t kEmaWarmup = 1 << 17;      // ema_decay grows from 2/11 at the first step: (1 + t) / (10 + t) at most
+constexpr int64_t kBound = 1 << 18;          // update_bound limits the update
+constexpr int64_t kScheduleDecay = 1 << 19;  // the weight decays with lr / initial_lr instead of lr
+constexpr int kParamFormatShift = 20;        // two bits each
 constexpr int kMomentFormatShift = 22;
 constexpr int64_t kFormatMask = 3;
+constexpr int64_t kSgd = 1 << 24;           // the rule is SGD's; else Adam's
+constexpr int64_t kMomentum = 1 << 25;      // of SGD: exp_avg is valid and holds the momentum buffer
+constexpr int64_t kNesterov = 1 << 26;      // of SGD: step along the gradient and the buffer it has just entered
+constexpr int64_t kLrInMomentum = 1 << 27;  // of SGD: what enters the buffer is multiplied by lr, not what leaves it
 // Variants of the rule that a plain AdamW loop need not look at.
 constexpr int64_t kVariants = kL2 | kCautious | kCautiousDecay;
 
@@ -53,8 +58,8 @@ enum MomentFormat : int64_t {
 // One tensor. Addresses are byte addresses on the tensor's own device.
 struct TensorRow {
   int64_t param;
-  int64_t exp_avg;
-  int64_t exp_avg_sq;
+  int64_t exp_avg;         // 0 for SGD without momentum
+  int64_t exp_avg_sq;      // 0 for SGD
   int64_t max_exp_avg_sq;  // 0 without AMSGrad
   int64_t step;            // float32 scalar: steps taken so far
   int64_t numel;
@@ -74,12 +79,13 @@ struct TensorRow {
 // `source` say so, the address of a one-element float32 (1) or float64 (2) tensor on the same device.
 struct HyperRow {
   int64_t lr;
-  int64_t beta1;
-  int64_t beta2;
-  int64_t eps;
+  int64_t beta1;  // SGD: momentum
+  int64_t beta2;  // SGD: dampening
+  int64_t eps;    // not of SGD
   int64_t weight_decay;
   int64_t max_grad_norm;  // read under kClip
   int64_t ema_decay;      // read under kEma
+  int64_t initial_lr;     // read under kScheduleDecay
   int64_t source;
 };
 constexpr int64_t kFromValue = 0;
@@ -89,11 +95,11 @@ constexpr int64_t kFromFloat64 = 2;
 // What *prepare* hands to *update*: one 128-byte row a tensor, of float or of double (kFloat64).
 template <typename T>
 struct Coefficients {
-  T w1;            // 1 - beta1
-  T w2;            // 1 - beta2
-  T step_size;     // lr / (1 - beta1^t)
+  T w1;            // 1 - beta1; SGD: what of the gradient enters the buffer
+  T w2;            // 1 - beta2; SGD: momentum
+  T step_size;     // lr / (1 - beta1^t); SGD: lr, or 1 under kLrInMomentum
   T inv_sqrt_bc2;  // 1 / sqrt(1 - beta2^t)
-  T decay;         // lr * weight_decay, or 0 under kL2
+  T decay;         // of the weight: lr or lr / initial_lr, times weight_decay; 0 under kL2
   T eps;
   T scale;  // multiplies the gradient: 1 / loss scale x clip coefficient, negative under kMaximize
   T l2;     // weight_decay under kL2, else 0
@@ -166,7 +172,7 @@ constexpr int64_t kMeasure = 1;  // partials, then totals
 constexpr int64_t kDecide = 2;   // apply or skip
 constexpr int64_t kUpdate = 4;   // prepare, then update
 
-static_assert(sizeof(TensorRow) == 128 && sizeof(HyperRow) == 64 && sizeof(LaunchTable) == 128,
+static_assert(sizeof(TensorRow) == 128 && sizeof(HyperRow) == 72 && sizeof(LaunchTable) == 128,
               "as Python lays them out");
 static_assert(sizeof(NormDomain) == 32 && sizeof(Signals) == 32 && sizeof(Decision) == 40, "as Python lays them out");
 static_assert(sizeof(Coefficients<double>) <= kKeyOffset, "a coefficient row holds twelve doubles and the key");

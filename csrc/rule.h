@@ -1,6 +1,6 @@
 // The update rule: one tensor's coefficients, then one element's update. Host and device.
 //
-// Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization (2019), Algorithm 2.
+// Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization (2019), Algorithms 1 and 2.
 // The order of operations is part of the contract: only IEEE-754 + - * / sqrt, no contraction, no pow.
 // NumPy (tests/reference.py) and Triton (adamw_kernels/triton_kernels.py) spell the same sequence.
 //
@@ -71,24 +71,33 @@ ADAMW_HD Coefficients<double> coefficients(const HyperRow& hyper, const TensorRo
     if ((flags & kEmaWarmup) && !(ema_decay < warmup)) ema_decay = warmup;
     ema = 1.0 - ema_decay;
   }
+  Coefficients<double> c = {};
+  c.scale = (flags & kMaximize) ? -scale : scale;
+  c.ema = ema;
+  c.l2 = l2 ? weight_decay : 0.0;
+  double rate = lr;
+  if (flags & kScheduleDecay) rate = lr / hyper_value(hyper.initial_lr, (hyper.source >> 14) & 3);
+  c.decay = l2 ? 0.0 : rate * weight_decay;
+  c.bound = INFINITY;
+  if (flags & kSgd) {
+    const double dampening = (flags & kMomentum) && t > 1 ? beta2 : 0.0;  // the first gradient is the buffer
+    const bool lr_in_momentum = (flags & kLrInMomentum) != 0;
+    c.w1 = lr_in_momentum ? lr * (1.0 - dampening) : 1.0 - dampening;
+    c.w2 = beta1;
+    c.step_size = lr_in_momentum ? 1.0 : lr;
+    return c;
+  }
   const double power1 = integer_power(beta1, t), power2 = integer_power(beta2, t);
-  double bound = INFINITY;
   if (flags & kBound) {
     double update_bound = hyper_value(row.update_bound, kFromValue);
     if (update_bound < 0.0) update_bound = largest_update(beta1, beta2, t, power1, power2);
-    bound = (lr < 0.0 ? -lr : lr) * update_bound;
+    c.bound = (lr < 0.0 ? -lr : lr) * update_bound;
   }
-  Coefficients<double> c = {};
   c.w1 = 1.0 - beta1;
   c.w2 = 1.0 - beta2;
   c.step_size = lr / (1.0 - power1);
   c.inv_sqrt_bc2 = 1.0 / sqrt(1.0 - power2);
-  c.decay = l2 ? 0.0 : lr * weight_decay;
   c.eps = eps;
-  c.scale = (flags & kMaximize) ? -scale : scale;
-  c.l2 = l2 ? weight_decay : 0.0;
-  c.ema = ema;
-  c.bound = bound;
   return c;
 }
 
@@ -138,6 +147,19 @@ ADAMW_HD void adamw(T& p, T grad, T& m, T& v, T& v_max, const Coefficients<T>& c
     const bool decay_disagrees = ((u > T(0)) & (p < T(0))) | ((u < T(0)) & (p > T(0)));
     r = ((flags & kCautiousDecay) != 0) & decay_disagrees ? T(0) : r;
   }
+  p = p - (r + u);
+}
+
+// SGD with decoupled weight decay (SGDW). `m`: the momentum buffer; 0 where there is none.
+template <typename T>
+ADAMW_HD void sgdw(T& p, T grad, T& m, const Coefficients<T>& c, int64_t flags) {
+  T g = c.scale * grad;
+  g = (flags & kL2) ? g + c.l2 * p : g;
+  const T entering = c.w1 * g;
+  m = c.w2 * m + entering;
+  const T direction = (flags & kNesterov) ? entering + c.w2 * m : m;
+  const T u = c.step_size * direction;
+  const T r = c.decay * p;
   p = p - (r + u);
 }
 

@@ -227,6 +227,10 @@ class Case:
             dtypes["param_ema"] = "bfloat16" if self.ema_format == "bfloat16" else wide
         return dtypes
 
+    def state_key(self, key: str) -> str:
+        """What an optimizer's state calls the tensor `key`: there, 8-bit codes are not called as moments are."""
+        return f"{key}_code" if self.moment_format == "8bit" and key in MOMENTS else key
+
     def shape_of(self, key: str) -> tuple[int, ...]:
         """The shape of the tensor called `key`: the parameter's, but for scalars and the words of 16 neighbours."""
         shape = tuple(self["param"].shape)
@@ -500,7 +504,7 @@ class Launch:
         specs = [self._spec(case, position) for case, position in zip(cases, self.positions, strict=True)]
         self.plan = LaunchPlan(specs, 1, backends.choose, chunk_size)
         values = [hyper[key] for key in ("lr", "beta1", "beta2", "eps", "weight_decay")]
-        self.plan.hypers.write_all([*values, None, ema_decay])
+        self.plan.hypers.write_all([*values, None, ema_decay, None])
 
     def _spec(self, case: Case, position: int) -> TensorSpec:
         bound = self.update_bound
@@ -675,7 +679,7 @@ class Training:
             if case["grad"].dtype != p.dtype:
                 p.grad_dtype = None  # any dtype
             unused = {"param", "grad"} if group.flags["amsgrad"] else {"param", "grad", "max_exp_avg_sq"}
-            self.optimizer.state[p] = {key: case[key] for key in case.tensors if key not in unused}
+            self.optimizer.state[p] = {case.state_key(key): case[key] for key in case.tensors if key not in unused}
         self.give_grads()
 
     def __iter__(self) -> Any:

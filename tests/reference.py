@@ -128,7 +128,7 @@ class Coefficients(NamedTuple):
     w2: np.floating[Any]  # 1 - beta2
     step_size: np.floating[Any]  # lr / (1 - beta1^t)
     inv_sqrt_bc2: np.floating[Any]  # 1 / sqrt(1 - beta2^t)
-    decay: np.floating[Any]  # lr * weight_decay, or 0 for L2
+    decay: np.floating[Any]  # lr or lr / initial_lr, times weight_decay; 0 for L2
     eps: np.floating[Any]
     scale: np.floating[Any]  # multiplies the gradient: inverse loss scale times clipping, negated to maximize
     l2: np.floating[Any]  # weight_decay for L2, else 0
@@ -165,6 +165,7 @@ def coefficients(
     ema_decay: float | None = None,
     ema_warmup: bool = False,
     update_bound: float | str | None = None,
+    initial_lr: float | None = None,
 ) -> Coefficients:
     """Return step t's coefficients: computed in float64, then rounded once to `compute`.
 
@@ -184,17 +185,19 @@ def coefficients(
         ema_decay: share of the average that stays, or None without an EMA.
         ema_warmup: average faster in the first steps: the decay is at most (1 + t) / (10 + t).
         update_bound: |m_hat| / sqrt(v_hat) at most; "auto": what exact moments cannot exceed; None: any.
+        initial_lr: the weight decays by lr / initial_lr * lambda, or None: by lr * lambda.
     """
     one = np.float64(1.0)
     lr, beta1, beta2, eps, weight_decay = (np.float64(x) for x in (lr, beta1, beta2, eps, weight_decay))
     with np.errstate(all="ignore"):
         scale = np.float64(inv_scale) * clip_coefficient(norm, max_grad_norm)
+        rate = lr if initial_lr is None else lr / np.float64(initial_lr)
         return Coefficients(
             w1=compute(one - beta1),
             w2=compute(one - beta2),
             step_size=compute(lr / (one - integer_power(beta1, t))),
             inv_sqrt_bc2=compute(one / np.sqrt(one - integer_power(beta2, t))),
-            decay=compute(lr * weight_decay if decoupled else 0.0),
+            decay=compute(rate * weight_decay if decoupled else 0.0),
             eps=compute(eps),
             scale=compute(-scale if maximize else scale),
             l2=compute(0.0 if decoupled else weight_decay),

@@ -7,6 +7,7 @@ nothing. Run by hand in an ordinary build, it corrupts memory.
 import torch
 
 from adamw_kernels import backends
+from adamw_kernels.hyperparameters import Hyperparameters
 from adamw_kernels.launch_table import ROW_NUMEL, LaunchPlan, TensorSpec
 
 param, grad = torch.zeros(1024), torch.zeros(1024)
@@ -24,7 +25,7 @@ spec = TensorSpec(
     decoupled=True,
 )
 plan = LaunchPlan([spec], 1, lambda device: backends.choose(device, "cpu"))
-plan.hypers.write_all([1e-3, 0.9, 0.999, 1e-8, 1e-2])
+plan.hypers.write_all(Hyperparameters(1e-3, 0.9, 0.999, 1e-8, 1e-2))
 plan.write_grads([grad.data_ptr()])
 plan.tables[0].rows[ROW_NUMEL] = 1024 + 64
 plan.launch()

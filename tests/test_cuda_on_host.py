@@ -33,6 +33,7 @@ from adamw_kernels.formats import (
     random_stream,
     remainder_dtype,
 )
+from adamw_kernels.hyperparameters import Hyperparameters
 from adamw_kernels.launch_table import ROW_PARAM, LaunchPlan, LaunchTable, TensorSpec
 
 CPU = torch.device("cpu")
@@ -45,7 +46,7 @@ VARIANTS = [
     {**flags, "cautious": cautious, "cautious_decay": decay}
     for flags, (cautious, decay) in product(FLAGS, product((False, True), repeat=2))
 ]
-HYPERPARAMETERS = [1e-2, 0.9, 0.99, 1e-8, 0.1, 0.5, 0.9]  # lr, betas, eps, weight_decay, max_grad_norm, ema_decay
+HYPERPARAMETERS = Hyperparameters(1e-2, 0.9, 0.99, 1e-8, 0.1, max_grad_norm=0.5, ema_decay=0.9)
 
 # Every way to store what is beside the gradient, but native weights beside wide moments: dtypes, param_format and
 # moment_format.

@@ -511,6 +511,14 @@ def test_added_group_options(
     assert optimizer.state[first]["step"].item() == 3 and optimizer.state[second]["step"].item() == 1
 
 
+@pytest.mark.parametrize("seed", [1.5, True, None, "7"], ids=repr)
+def test_constructor_seeds(seed: Any) -> None:
+    """A seed is any int."""
+    p = torch.nn.Parameter(torch.ones(3))
+    fragments = (f"FusedAdamW: seed is {seed!r}", "expected an int")
+    assert_raises(TypeError, fragments, lambda: FusedAdamW([p], seed=seed))
+
+
 def test_constructor_backends_and_params(device: torch.device) -> None:
     """An unknown backend and an empty or wrong parameter list are errors at once."""
     p = torch.nn.Parameter(torch.ones(3, device=device))

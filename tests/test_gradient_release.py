@@ -155,7 +155,7 @@ def test_released_steps_in_storage_formats(device: torch.device, dtype: torch.dt
             opt.zero_grad()
         pair.append(opt)
     assert_same_bits(*pair)
-    assert opt.state[model[2].weight]["exp_avg"].dtype == torch.int8
+    assert opt.state[model[2].weight]["exp_avg_code"].dtype == torch.int8
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", "mixed"])

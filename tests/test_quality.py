@@ -18,6 +18,7 @@ from tolerances import tolerance
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from adamw_kernels import FusedAdamW  # noqa: E402
 from bench import quality, record_trace  # noqa: E402  # a neighbour of the tests, not an installed package
 
 OURS = quality.FORMATS["8bit"]
@@ -44,9 +45,9 @@ def error_on_trace(format: quality.Format, beta2: float, device: torch.device) -
 
 
 @cache
-def stress(format: quality.Format, beta2: float, device: torch.device) -> quality.Pair:
-    """The stress case of sigma 1, without a bound."""
-    return quality.stress(format, beta2, sigma=1.0, device=device)
+def stress(format: quality.Format, beta2: float, device: torch.device, sigma: float = 1.0) -> quality.Pair:
+    """The stress case, without a bound."""
+    return quality.stress(format, beta2, sigma=sigma, device=device)
 
 
 def largest_over_bound(pair: quality.Pair) -> float:
@@ -95,6 +96,27 @@ def test_second_moment_follows_a_drop(beta2: float, device: torch.device) -> Non
     assert np.max(biases) <= tolerance("moments_8bit_second_moment_bias"), dict(zip(DROPS, biases, strict=True))
 
 
+@pytest.mark.parametrize("betas", [(0.9, 0.9999), (0.7, 0.999), (0.5, 0.999)])
+def test_first_updates_with_unequal_betas(betas: tuple[float, float], device: torch.device) -> None:
+    """The first |m| / sqrt(v) is up to 16 here, and is held: updates are as near as with the usual betas."""
+    rng = np.random.default_rng(7)
+    param, exact = torch.nn.Parameter(torch.zeros(4096, device=device)), torch.nn.Parameter(torch.zeros(4096).double())
+    param.grad = torch.zeros_like(param)
+    ours = FusedAdamW([param], lr=1.0, betas=betas, weight_decay=0.0, moment_format="8bit")
+    theirs = torch.optim.AdamW([exact], lr=1.0, betas=betas, weight_decay=0.0)
+    wrong = total = 0.0
+    for _ in range(20):
+        grad = (rng.standard_normal(4096) * 1e-3).astype(np.float32)
+        wanted = exact.detach().clone()
+        exact.grad = torch.from_numpy(grad.astype(np.float64))
+        theirs.step()
+        wanted -= exact.detach()
+        update = quality.update_of(ours, param, grad)
+        wrong += float(np.sum((update - wanted.numpy()) ** 2))
+        total += float(np.sum(wanted.numpy() ** 2))
+    assert wrong / total <= tolerance("moments_8bit_update_error_beta2_0.999")
+
+
 @pytest.mark.parametrize("beta2", BETA2S)
 def test_dead_elements_stop(beta2: float, device: torch.device) -> None:
     """Elements whose gradient stops drift no further than exact Adam's, among live neighbours and in dead blocks."""
@@ -124,9 +146,15 @@ def test_metadata(device: torch.device) -> None:
 @pytest.mark.parametrize("beta2", BETA2S)
 @pytest.mark.parametrize("format", PUBLISHED)
 def test_no_published_format_is_better(format: quality.Format, beta2: float, device: torch.device) -> None:
-    """Best on recorded gradients and in the stress case alike: update error and weights' error."""
+    """Best on recorded gradients and in the stress cases alike: update error, weights' error and largest update.
+
+    Not in every figure of the rows: some follow v after a drop, or an element without gradients, more closely.
+    """
     assert error_on_trace(OURS, beta2, device) <= error_on_trace(format, beta2, device)
-    assert stress(OURS, beta2, device).weight_error() <= stress(format, beta2, device).weight_error()
+    for sigma in (1.0, 2.0):
+        ours, theirs = (stress(tried, beta2, device, sigma) for tried in (OURS, format))
+        assert ours.weight_error() <= theirs.weight_error(), sigma
+        assert ours.largest <= theirs.largest, sigma
 
 
 def test_metrics_tell_known_failures(device: torch.device) -> None:

@@ -84,7 +84,7 @@ class Rounded:
         )
         plan = LaunchPlan([spec], 1, backends.choose)
         plan.hypers.write_all(
-            [hyper[key] for key in ("lr", "beta1", "beta2", "eps", "weight_decay")] + [None, ema_decay]
+            [hyper[key] for key in ("lr", "beta1", "beta2", "eps", "weight_decay")] + [None, ema_decay, None]
         )
         plan.write_grads([self.grad.data_ptr()])
         plan.launch()

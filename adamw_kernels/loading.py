@@ -1,0 +1,128 @@
+"""Loading a state dict: all of it is checked before anything is replaced, and every tensor keeps its dtype."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim.optimizer import Optimizer, StateDict
+
+from adamw_kernels.formats import remainder_dtype
+from adamw_kernels.functional import local_view
+from adamw_kernels.options import FURTHER_OPTIONS, check_seed, check_used_options
+from adamw_kernels.rules import rule_of
+from adamw_kernels.state import check_adoptable, check_formats, formats_of, moment_format_in
+from adamw_kernels.stepper import param_name
+
+if TYPE_CHECKING:
+    from adamw_kernels.optimizer import FusedOptimizer
+
+
+class _Shielded:
+    """A state value on its way through `Optimizer.load_state_dict`, which would cast it to the parameter's dtype."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Loading:
+    """One call of `FusedOptimizer.load_state_dict`: what torch's own method is preceded and followed by."""
+
+    def __init__(self, opt: FusedOptimizer) -> None:
+        """Nothing is looked at before `shield`."""
+        self._opt = opt
+        self._kept: list[dict[str, Any]] = []  # of each group, options that the loaded one does not name
+
+    def shield(self, _: Optimizer, loaded: StateDict) -> StateDict:
+        """Check what is loaded and hide it from torch's casts.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: an option or a state that a step would refuse.
+        """
+        own, groups = self._opt.param_groups, loaded["param_groups"]
+        if [len(group["params"]) for group in own] == [len(group["params"]) for group in groups]:  # else torch raises
+            self._kept = [
+                {key: ours[key] for key in (*FURTHER_OPTIONS, "initial_lr") if key in ours and key not in group}
+                for ours, group in zip(own, groups, strict=True)
+            ]
+            self._check(groups, loaded["state"])
+        states = {
+            key: {name: _Shielded(value) for name, value in entry.items()} if isinstance(entry, dict) else entry
+            for key, entry in loaded["state"].items()
+        }
+        return {**loaded, "state": states}
+
+    def unshield(self, _: Optimizer) -> None:
+        """Give the groups and states that torch's method has put in place what it left out or hid."""
+        internals = self._opt._internals
+        for group, options in zip(self._opt.param_groups, self._kept, strict=True):
+            group.update(options)
+            seed = int(group.pop("seed", internals.options.seed))
+            internals.options = internals.options._replace(seed=seed)
+        for p, entry in self._opt.state.items():
+            if not isinstance(entry, dict):
+                continue
+            for name, value in entry.items():
+                if isinstance(value, _Shielded):
+                    entry[name] = _copy_to(p.device if isinstance(p, torch.Tensor) else None, value.value)
+
+    def _check(self, groups: list[dict[str, Any]], states: dict[Any, Any]) -> None:
+        defaults = self._opt.defaults
+        rule = rule_of(defaults)
+        for index, group in enumerate(groups):
+            if {"betas", "momentum"} & group.keys() and rule_of(group) != rule:
+                raise ValueError(
+                    f"loaded param_groups[{index}] is of an optimizer of another rule ({rule} is this one's); expected "
+                    f"the state dict of a {type(self._opt).__name__} or of torch's optimizer of that kind"
+                )
+        after = [FURTHER_OPTIONS | defaults | group | kept for group, kept in zip(groups, self._kept, strict=True)]
+        for index, options in enumerate(after):
+            where = f"loaded param_groups[{index}]"
+            check_used_options(options, defaults, where)
+            if "seed" in options:
+                check_seed(options["seed"], f"{where}: seed")
+        incomplete: list[tuple[str, torch.Tensor]] = []
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            for name, p, index, key in self._members(groups):
+                check_formats(name, p, after[index])
+                state = states.get(key)
+                if not isinstance(state, dict):
+                    continue
+                check_adoptable(name, p, local_view(p), state, rule)
+                # torch's checkpoints know of no remainder and name no format.
+                if "param_format" in groups[index] and _lacks_remainder(p, state, after[index]):
+                    incomplete.append((name, p))
+        for name, p in incomplete:
+            warnings.warn(
+                f"the loaded state of {name} has moments but no param_remainder, the rest of a 16-bit weight that its "
+                f"group's param_format keeps: the weight goes on from its {p.dtype} value. load_fp32_weights() brings "
+                "the rest, if it was saved.",
+                stacklevel=2,
+            )
+
+    def _members(self, groups: list[dict[str, Any]]) -> Iterator[tuple[str, torch.Tensor, int, Any]]:
+        """(name, own parameter, index of its group, key of its loaded state), in order."""
+        for index, (own, group) in enumerate(zip(self._opt.param_groups, groups, strict=True)):
+            for position, (p, key) in enumerate(zip(own["params"], group["params"], strict=True)):
+                yield param_name(own, index, position), p, index, key
+
+
+def _lacks_remainder(p: torch.Tensor, state: dict[str, Any], options: dict[str, Any]) -> bool:
+    """Whether a weight that was stepped comes without the rest that its format remembers."""
+    remembers = remainder_dtype(formats_of(p, options).param) is not None
+    return remembers and moment_format_in(state) is not None and state.get("param_remainder") is None
+
+
+def _copy_to(device: torch.device | None, value: Any) -> Any:
+    """A copy of a state value, its tensors on `device` (None: where they are) in their own dtypes."""
+    if isinstance(value, torch.Tensor):
+        # Nothing can be copied from meta; the next step says so, and names the parameter.
+        return value.detach() if value.is_meta else value.detach().to(device=device or value.device, copy=True)
+    if isinstance(value, dict):
+        return {key: _copy_to(device, item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copy_to(device, item) for item in value)
+    return copy.deepcopy(value)
