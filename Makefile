@@ -1,7 +1,7 @@
-# make train · make test · make bench: each makes its own .venv first, so each works in a fresh clone.
+# make train · make test · make bench · make paper: each makes its own .venv first, so each works in a fresh clone.
 #
 # Variables: PYTHON (the interpreter that makes .venv), TORCH (what pip installs), PYTEST_ARGS, TRAIN_ARGS, BENCH_ARGS,
-# CMAKE_ARGS (for example -DADAMW_KERNELS_CUDA=OFF).
+# PAPER_ARGS, CMAKE_ARGS (for example -DADAMW_KERNELS_CUDA=OFF).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= triton>=3.6,<3.10
@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: train test bench develop lint format sanitize wheel clean
+.PHONY: train test bench paper develop lint format sanitize wheel clean
 
 train: develop
 	$(BIN)/python examples/train_gpt.py $(TRAIN_ARGS)
@@ -19,6 +19,10 @@ test: develop
 
 bench: develop
 	$(BIN)/python -m bench $(BENCH_ARGS)
+
+# Trains only what examples/paper/results has no rows of.
+paper: develop
+	$(BIN)/python -m examples.paper $(PAPER_ARGS)
 
 # The checkout itself, importable from $(VENV), with the extension built beside its Python files.
 develop: $(VENV)/.built
@@ -33,7 +37,7 @@ $(VENV)/.installed: pyproject.toml Makefile
 	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install -q "$(TORCH)" "$(TRITON)" "setuptools>=77" wheel "pybind11>=2.13" ninja
 	command -v cmake >/dev/null || $(BIN)/python -m pip install -q "cmake>=3.25"
-	$(BIN)/python -m pip install -q --group test --group lint --group examples --group bench
+	$(BIN)/python -m pip install -q --group test --group lint --group examples --group bench --group paper
 	touch $@
 
 lint: $(VENV)/.installed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from typing import Any
 
 import torch
@@ -196,8 +197,14 @@ def check_seed(value: Any, what: str) -> None:
     Raises:
         TypeError: saying what it is.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{what} is {value!r}; expected an int, of which the last 64 bits count")
+    try:
+        operator.index(value)  # of a tensor, too: checkpoints may have made one of it
+    except TypeError:
+        pass
+    else:
+        if not isinstance(value, bool):
+            return
+    raise TypeError(f"{what} is {value!r}; expected an int, of which the last 64 bits count")
 
 
 def check_used_options(options: dict[str, Any], defaults: dict[str, Any], where: str) -> None:
