@@ -23,6 +23,7 @@ from bench import (
     quality,
     roof,
     rows,
+    tables,
     throughput,
 )
 from bench.cases import cases
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         "formats": [run_formats],
         "curves": [run_curves],
         "plot": [run_plot],
+        "tables": [run_tables],
         None: [run_throughput, run_loop, run_memory, run_host, run_accuracy, run_quality, run_formats, run_plot],
     }
     environment = machine.environment(options.device)
@@ -121,6 +123,7 @@ def parser() -> argparse.ArgumentParser:
         ("formats", "time of a step in every storage format, beside low-memory optimizers"),
         ("curves", "training with several storage formats"),
         ("plot", "figures from the rows"),
+        ("tables", "README's tables from the rows"),
     ):
         commands.add_parser(name, help=summary, description=summary, parents=[shared])
     return result
@@ -252,6 +255,12 @@ def run_curves(options: argparse.Namespace, environment: Environment, folder: Pa
             result: list[rows.Row] = [*curves.train(run, seed, options.device)]
             report(result[-1:])
             rows.append(folder, environment, result)
+    return True
+
+
+def run_tables(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
+    """Writes README's tables anew."""
+    tables.README.write_text(tables.fill(tables.README.read_text(), folder))
     return True
 
 

@@ -170,8 +170,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<P, G, M>) update_kernel(L
 
   const auto past_boundary = static_cast<int64_t>((reinterpret_cast<uint64_t>(at.p) & (kVectorBytes - 1)) / sizeof(P));
   const bool has_first = !kIsSgd || (at.flags & kMomentum), has_maximum = !kIsSgd && (at.flags & kAmsgrad);
-  const bool aligned = start_vectors<N>(at, past_boundary) &&
-                       (!has_first || starts_vector<N>(at.m, past_boundary)) &&
+  const bool aligned = start_vectors<N>(at, past_boundary) && (!has_first || starts_vector<N>(at.m, past_boundary)) &&
                        (kIsSgd || starts_vector<N>(at.v, past_boundary)) &&
                        (!has_maximum || starts_vector<N>(at.v_max(), past_boundary));
   const int64_t start = chunk.index * table.chunk_size - (aligned ? past_boundary : 0);

@@ -1,0 +1,34 @@
+"""README's measurements are those of the committed rows."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench import tables  # noqa: E402  # a neighbour of the tests, not an installed package
+
+FOLDER = ROOT / "bench/results/cpu-amd-epyc-2c"
+
+
+def test_readme_has_the_rows_figures() -> None:
+    """`python -m bench tables` would change nothing."""
+    text = tables.README.read_text()
+    assert all(f"<!-- rows: {name} -->" in text for name in tables.TABLES)
+    assert tables.fill(text, FOLDER) == text
+
+
+def test_wrong_figures_are_overwritten() -> None:
+    """Whatever stands between the marks, and nothing else."""
+    text = "before\n<!-- rows: accuracy -->\n| 1 |\n<!-- end of rows -->\nafter\n"
+    filled = tables.fill(text, FOLDER)
+    assert filled.startswith("before\n<!-- rows: accuracy -->\n| lr, λ, β2 |") and filled.endswith(" -->\nafter\n")
+    assert tables.fill(filled, FOLDER) == filled and "| 1 |\n" not in filled
+
+
+def test_unknown_table() -> None:
+    """A mark that names no table is an error."""
+    with pytest.raises(KeyError, match="weather"):
+        tables.fill("<!-- rows: weather -->\n\n<!-- end of rows -->\n", FOLDER)
