@@ -85,19 +85,19 @@ ADAMW_HD Coefficients<double> coefficients(const HyperRow& hyper, const TensorRo
     c.w1 = lr_in_momentum ? lr * (1.0 - dampening) : 1.0 - dampening;
     c.w2 = beta1;
     c.step_size = lr_in_momentum ? 1.0 : lr;
-    return c;
+  } else {  // not an early return, at which nvcc 13 does not come to an end
+    const double power1 = integer_power(beta1, t), power2 = integer_power(beta2, t);
+    if (flags & kBound) {
+      double update_bound = hyper_value(row.update_bound, kFromValue);
+      if (update_bound < 0.0) update_bound = largest_update(beta1, beta2, t, power1, power2);
+      c.bound = (lr < 0.0 ? -lr : lr) * update_bound;
+    }
+    c.w1 = 1.0 - beta1;
+    c.w2 = 1.0 - beta2;
+    c.step_size = lr / (1.0 - power1);
+    c.inv_sqrt_bc2 = 1.0 / sqrt(1.0 - power2);
+    c.eps = eps;
   }
-  const double power1 = integer_power(beta1, t), power2 = integer_power(beta2, t);
-  if (flags & kBound) {
-    double update_bound = hyper_value(row.update_bound, kFromValue);
-    if (update_bound < 0.0) update_bound = largest_update(beta1, beta2, t, power1, power2);
-    c.bound = (lr < 0.0 ? -lr : lr) * update_bound;
-  }
-  c.w1 = 1.0 - beta1;
-  c.w2 = 1.0 - beta2;
-  c.step_size = lr / (1.0 - power1);
-  c.inv_sqrt_bc2 = 1.0 / sqrt(1.0 - power2);
-  c.eps = eps;
   return c;
 }
 

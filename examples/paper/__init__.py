@@ -1,0 +1,1 @@
+"""The experiments of *Decoupled Weight Decay Regularization* on small real data: `python -m examples.paper`."""
