@@ -158,7 +158,7 @@ __device__ __forceinline__ void update_some(const At& at, int64_t i, const Coeff
 // boundaries when all operands are the same number of elements past one; then only a tensor's first and last few
 // elements go one by one. Operands that disagree go one by one throughout. M: what the moments are stored as.
 template <typename P, typename G, typename M, bool kIsSgd>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<P, G, M>) update_kernel(LaunchTable table, int64_t first_chunk) {
+__device__ __forceinline__ void update_chunk(const LaunchTable& table, int64_t first_chunk) {
   constexpr int N = kVectorLength<P, G>;
   static_assert(N * sizeof(P) >= kVectorBytes, "at most one vector lies partly before a tensor's first element");
   if (global_pointer<const Decision>(table.decision)->skip) return;
@@ -195,8 +195,20 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<P, G, M>) update_kernel(L
   }
 }
 
-// The same for moments in 8 bits, whose groups of 16 start at the tensor's first element: a thread takes half a group
-// where all operands start vectors there, else, and in a last group with elements missing, one element.
+// Adam's rule.
+template <typename P, typename G, typename M>
+__global__ void __launch_bounds__(kThreads, kMinBlocks<P, G, M>) update_kernel(LaunchTable table, int64_t first_chunk) {
+  update_chunk<P, G, M, false>(table, first_chunk);
+}
+
+// SGD's.
+template <typename P, typename G, typename M>
+__global__ void __launch_bounds__(kThreads, kMinBlocks<P, G, M>) sgdw_kernel(LaunchTable table, int64_t first_chunk) {
+  update_chunk<P, G, M, true>(table, first_chunk);
+}
+
+// Adam's rule for moments in 8 bits, whose groups of 16 start at the tensor's first element: a thread takes half a
+// group where all operands start vectors there, else, and in a last group with elements missing, one element.
 template <typename P, typename G>
 __global__ void __launch_bounds__(kThreads, kMinBlocks8) update8_kernel(LaunchTable table, int64_t first_chunk) {
   constexpr int N = kGroup / 2;
@@ -350,24 +362,19 @@ __global__ void decide_kernel(LaunchTable table) {
 
 using UpdateKernel = void (*)(LaunchTable, int64_t);
 
-template <typename P, typename G, typename M>
-constexpr UpdateKernel kAdamw = update_kernel<P, G, M, false>;
-template <typename P, typename G, typename M>
-constexpr UpdateKernel kSgdw = update_kernel<P, G, M, true>;
-
 // [moments' format][parameter dtype][gradient dtype], in the order of MomentFormat and DtypeCode.
 constexpr UpdateKernel kAdamwKernels[kMomentFormats][kDtypes][kDtypes] = {
     {
-        {kAdamw<float, float, float>, kAdamw<float, bf16, float>, kAdamw<float, fp16, float>},
-        {kAdamw<bf16, float, float>, kAdamw<bf16, bf16, float>, kAdamw<bf16, fp16, float>},
-        {kAdamw<fp16, float, float>, kAdamw<fp16, bf16, float>, kAdamw<fp16, fp16, float>},
-        {kAdamw<double, float, double>, kAdamw<double, bf16, double>, kAdamw<double, fp16, double>,
-         kAdamw<double, double, double>},
+        {update_kernel<float, float, float>, update_kernel<float, bf16, float>, update_kernel<float, fp16, float>},
+        {update_kernel<bf16, float, float>, update_kernel<bf16, bf16, float>, update_kernel<bf16, fp16, float>},
+        {update_kernel<fp16, float, float>, update_kernel<fp16, bf16, float>, update_kernel<fp16, fp16, float>},
+        {update_kernel<double, float, double>, update_kernel<double, bf16, double>, update_kernel<double, fp16, double>,
+         update_kernel<double, double, double>},
     },
     {
-        {kAdamw<float, float, bf16>, kAdamw<float, bf16, bf16>, kAdamw<float, fp16, bf16>},
-        {kAdamw<bf16, float, bf16>, kAdamw<bf16, bf16, bf16>, kAdamw<bf16, fp16, bf16>},
-        {kAdamw<fp16, float, bf16>, kAdamw<fp16, bf16, bf16>, kAdamw<fp16, fp16, bf16>},
+        {update_kernel<float, float, bf16>, update_kernel<float, bf16, bf16>, update_kernel<float, fp16, bf16>},
+        {update_kernel<bf16, float, bf16>, update_kernel<bf16, bf16, bf16>, update_kernel<bf16, fp16, bf16>},
+        {update_kernel<fp16, float, bf16>, update_kernel<fp16, bf16, bf16>, update_kernel<fp16, fp16, bf16>},
     },
     {
         {update8_kernel<float, float>, update8_kernel<float, bf16>, update8_kernel<float, fp16>},
@@ -377,16 +384,16 @@ constexpr UpdateKernel kAdamwKernels[kMomentFormats][kDtypes][kDtypes] = {
 };
 constexpr UpdateKernel kSgdwKernels[kMomentFormats - 1][kDtypes][kDtypes] = {
     {
-        {kSgdw<float, float, float>, kSgdw<float, bf16, float>, kSgdw<float, fp16, float>},
-        {kSgdw<bf16, float, float>, kSgdw<bf16, bf16, float>, kSgdw<bf16, fp16, float>},
-        {kSgdw<fp16, float, float>, kSgdw<fp16, bf16, float>, kSgdw<fp16, fp16, float>},
-        {kSgdw<double, float, double>, kSgdw<double, bf16, double>, kSgdw<double, fp16, double>,
-         kSgdw<double, double, double>},
+        {sgdw_kernel<float, float, float>, sgdw_kernel<float, bf16, float>, sgdw_kernel<float, fp16, float>},
+        {sgdw_kernel<bf16, float, float>, sgdw_kernel<bf16, bf16, float>, sgdw_kernel<bf16, fp16, float>},
+        {sgdw_kernel<fp16, float, float>, sgdw_kernel<fp16, bf16, float>, sgdw_kernel<fp16, fp16, float>},
+        {sgdw_kernel<double, float, double>, sgdw_kernel<double, bf16, double>, sgdw_kernel<double, fp16, double>,
+         sgdw_kernel<double, double, double>},
     },
     {
-        {kSgdw<float, float, bf16>, kSgdw<float, bf16, bf16>, kSgdw<float, fp16, bf16>},
-        {kSgdw<bf16, float, bf16>, kSgdw<bf16, bf16, bf16>, kSgdw<bf16, fp16, bf16>},
-        {kSgdw<fp16, float, bf16>, kSgdw<fp16, bf16, bf16>, kSgdw<fp16, fp16, bf16>},
+        {sgdw_kernel<float, float, bf16>, sgdw_kernel<float, bf16, bf16>, sgdw_kernel<float, fp16, bf16>},
+        {sgdw_kernel<bf16, float, bf16>, sgdw_kernel<bf16, bf16, bf16>, sgdw_kernel<bf16, fp16, bf16>},
+        {sgdw_kernel<fp16, float, bf16>, sgdw_kernel<fp16, bf16, bf16>, sgdw_kernel<fp16, fp16, bf16>},
     },
 };
 
