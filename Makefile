@@ -54,7 +54,7 @@ format: $(VENV)/.installed
 # The native path under AddressSanitizer and UndefinedBehaviorSanitizer: a copy of the package with a build of its own.
 # First a deliberate overrun, which must be caught; then the tests of the native path.
 SANITIZED := build/sanitized
-SANITIZED_TESTS := tests/test_bits.py tests/test_layouts.py tests/test_citizen.py tests/test_whole_step.py
+SANITIZED_TESTS := tests/test_bits.py tests/test_layouts.py tests/test_citizen.py tests/test_whole_step.py tests/test_formats.py tests/test_sgdw.py
 SANITIZERS := $(foreach library,asan ubsan stdc++,$(shell gcc -print-file-name=lib$(library).so))
 SANITIZED_PYTHON := PYTHONPATH=. PYTHONMALLOC=malloc LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
   UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(abspath $(BIN))/python

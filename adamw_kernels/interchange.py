@@ -16,6 +16,7 @@ from adamw_kernels.state import (
     Formats,
     check_adoptable,
     check_formats,
+    complete_remainder,
     complete_state,
     formats_of,
     like,
@@ -112,18 +113,27 @@ def load_fp32_weights(
         check_adoptable(name, p, local, opt.state.get(p, {}), rule)
         pairs.append((name, p, local, value, options))
     _forget_recasts(opt)
-    for name, p, local, value, options in pairs:
+    remembers = False
+    for _, p, local, value, options in pairs:
         dtype = remainder_dtype(formats_of(p, options).param)
         if dtype is None:
             local.copy_(value)
             opt.state.get(p, {}).pop("param_remainder", None)  # of the weight before
             continue
+        remembers = True
         remainder = _fitting(opt.state[p].get("param_remainder"), p, dtype)
         values = torch.empty_like(local, dtype=torch.float32, memory_format=torch.preserve_format).copy_(value)
         split_weight(values, local, local_view(remainder))
         opt.state[p]["param_remainder"] = remainder
-        if p.requires_grad:  # half a state would look like a whole one to whoever saves or loads it
-            complete_state(name, p, opt.state[p], options, set())
+    steps_seen: set[int] = set()
+    for name, p, _, _, options in pairs:
+        state = opt.state.get(p, {})
+        starts = "param_ema" in state and float(state.get("step", 0)) == 0
+        if starts:
+            del state["param_ema"]  # of a weight that will never be stepped
+        # The state of some parameters, or half of one, would look whole to whoever saves or loads it.
+        if p.requires_grad and (remembers or starts):
+            complete_state(name, p, opt.state[p], options, steps_seen)
     torch.autograd.graph.increment_version([p for _, p, *_ in pairs])
 
 
@@ -141,6 +151,13 @@ def export_state_dict(opt: FusedOptimizer, target: str) -> dict[str, Any]:
     """See `FusedOptimizer.export_state_dict`."""
     if target != "torch":
         raise ValueError(f"export_state_dict: {target!r}; expected 'torch'")
+    for index, group in enumerate(opt.param_groups):
+        if group.get("lr_in_momentum"):
+            raise ValueError(
+                f"export_state_dict: param_groups[{index}] has lr_in_momentum=True: its buffers hold lr times "
+                "gradients, those of torch.optim.SGD gradients. Load state_dict() into an optimizer with "
+                "lr_in_momentum=True."
+            )
     exported = opt.state_dict()
     states: dict[Any, Any] = {}
     for own, packed in zip(opt.param_groups, exported["param_groups"], strict=True):
@@ -190,5 +207,10 @@ def convert(opt: FusedOptimizer, changes: dict[str, Any]) -> None:
                 options[key] = value
     steps_seen: set[int] = set()
     for name, p, options in members:
-        if local_state(opt.state.get(p, {})):
-            complete_state(name, p, opt.state[p], options, steps_seen)
+        state = opt.state.get(p, {})
+        if not local_state(state):
+            continue
+        if p.requires_grad or moment_format_in(state) is not None:
+            complete_state(name, p, state, options, steps_seen)
+        else:  # frozen: moments would be wasted on it
+            complete_remainder(name, p, state, remainder_dtype(formats_of(p, options).param))

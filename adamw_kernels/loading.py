@@ -14,7 +14,7 @@ from adamw_kernels.formats import remainder_dtype
 from adamw_kernels.functional import local_view
 from adamw_kernels.options import FURTHER_OPTIONS, check_seed, check_used_options
 from adamw_kernels.rules import rule_of
-from adamw_kernels.state import check_adoptable, check_formats, formats_of, moment_format_in
+from adamw_kernels.state import BUFFER, check_adoptable, check_formats, formats_of, moment_format_in
 from adamw_kernels.stepper import param_name
 
 if TYPE_CHECKING:
@@ -92,6 +92,12 @@ class Loading:
                 if not isinstance(state, dict):
                     continue
                 check_adoptable(name, p, local_view(p), state, rule)
+                if self._kept[index].get("lr_in_momentum") and state.get(BUFFER) is not None:
+                    raise ValueError(
+                        f"the loaded {BUFFER} of {name} holds gradients, and the group's lr_in_momentum=True expects "
+                        "lr times gradients; expected a state dict of an optimizer with lr_in_momentum=True, or "
+                        "lr_in_momentum=False to load it into"
+                    )
                 # torch's checkpoints know of no remainder and name no format.
                 if "param_format" in groups[index] and _lacks_remainder(p, state, after[index]):
                     incomplete.append((name, p))

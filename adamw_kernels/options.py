@@ -50,9 +50,10 @@ def check_options(options: dict[str, Any], where: str) -> None:
     Raises:
         ValueError, RuntimeError: naming the option, its value and what is accepted.
     """
+    theirs = "torch.optim.AdamW" if rule_of(options) == "adamw" else "torch.optim.SGD"
     if options.get("differentiable"):
         raise RuntimeError(
-            f"{where}: differentiable=True: the fused update is invisible to autograd. Use torch.optim.AdamW("
+            f"{where}: differentiable=True: the fused update is invisible to autograd. Use {theirs}("
             "differentiable=True) to differentiate through the optimizer."
         )
     if "lr" not in options:
@@ -72,7 +73,6 @@ def check_options(options: dict[str, Any], where: str) -> None:
     check_update_bound(options.get("update_bound", "auto"), f"{where}: update_bound")
     _check_decay(options, where)
     if options["fused"] is False:
-        theirs = "torch.optim.AdamW" if rule_of(options) == "adamw" else "torch.optim.SGD"
         raise RuntimeError(f"{where}: fused=False: there is no other implementation. Use {theirs}.")
     if options["fused"] and options["foreach"]:
         raise RuntimeError(f"{where}: `fused` and `foreach` cannot be `True` together.")
@@ -132,6 +132,8 @@ def _check_decay(options: dict[str, Any], where: str) -> None:
             "expected one or the other"
         )
     initial_lr = options.get("initial_lr", options["lr"])
+    if initial_lr is None:
+        raise ValueError(f"{where}: initial_lr is None; decay_coupling='schedule' divides by it, expected > 0")
     on_gpu = isinstance(initial_lr, torch.Tensor) and initial_lr.device.type != "cpu"
     if not on_gpu and not initial_lr > 0.0:  # reading it would synchronise
         raise ValueError(

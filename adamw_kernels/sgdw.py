@@ -39,7 +39,8 @@ class FusedSGDW(FusedOptimizer):
             dense layout, on CPUs and GPUs.
         lr: learning rate; like momentum, dampening and weight_decay a float or a one-element tensor.
         momentum: :math:`\mu`, at least 0. Where it is 0 there is no buffer.
-        dampening: :math:`\tau`. A parameter's first gradient is not dampened.
+        dampening: :math:`\tau`. A parameter's first gradient is not dampened; the first one of a buffer that is made
+            later, when momentum is switched on, is.
         weight_decay: :math:`\lambda`.
         nesterov: look ahead; needs momentum and no dampening.
         maximize: ascend instead of descend.
@@ -51,7 +52,8 @@ class FusedSGDW(FusedOptimizer):
         decay_coupling: "lr": decay by :math:`\mathrm{lr}\,\lambda`. "schedule" (the paper): by
             :math:`\eta_t\,\lambda`, :math:`\eta_t` being lr over the group's `initial_lr`.
         lr_in_momentum: lr multiplies what enters the buffer, not what leaves it (the paper): a change of lr then
-            reaches the steps only as the buffer forgets. Under a constant lr both are the same.
+            reaches the steps only as the buffer forgets. Under a constant lr both are the same. Buffers of the one are
+            no buffers of the other, nor of torch's: neither loads into the other.
         max_grad_norm, clip_per_group, skip_nonfinite, max_skip_norm: as :class:`FusedAdamW`.
         ema_decay, ema_warmup, ema_format, param_format, process_group, seed, backend: likewise.
         moment_format: of the momentum buffer: "float32" (float64 for float64 parameters) or "bfloat16".
@@ -65,7 +67,10 @@ class FusedSGDW(FusedOptimizer):
         RuntimeError: an option that cannot be met.
     """
 
-    foreign_options: ClassVar[frozenset[str]] = frozenset({"cautious", "cautious_weight_decay", "update_bound"})
+    # By its betas a group is told to be Adam's.
+    foreign_options: ClassVar[frozenset[str]] = frozenset(
+        {"betas", "cautious", "cautious_weight_decay", "update_bound"}
+    )
 
     def __init__(
         self,

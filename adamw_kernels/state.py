@@ -255,7 +255,7 @@ def check_adoptable(name: str, p: torch.Tensor, local: torch.Tensor, state: dict
             raise ValueError(
                 f"{key} of {name} has strides {view.stride()}, the parameter {local.stride()}; expected the same "
                 "memory layout. convert(moment_format='float32') before the parameter's layout is changed, or load "
-                "what export_state_dict() returns."
+                "what export_state_dict() returns (and load_fp32_weights() what fp32_weights() does)."
             )
 
 
@@ -313,7 +313,7 @@ def complete_state(
 
     formats = formats_of(p, options)
     _complete_moments(name, p, state, options, formats.moments)
-    _complete_remainder(name, p, state, remainder_dtype(formats.param))
+    complete_remainder(name, p, state, remainder_dtype(formats.param))
     if options["ema_decay"] is not None:
         _complete_average(p, state, options)
 
@@ -370,7 +370,7 @@ def _complete_moments(name: str, p: torch.Tensor, state: dict[str, Any], options
         _replace(state, key, placed(state[key], p, dtype))
 
 
-def _complete_remainder(name: str, p: torch.Tensor, state: dict[str, Any], wanted: torch.dtype | None) -> None:
+def complete_remainder(name: str, p: torch.Tensor, state: dict[str, Any], wanted: torch.dtype | None) -> None:
     """A new remainder is 0: the weight is what it is. One in the other format is converted together with its weight."""
     present = state.get("param_remainder")
     if present is None and wanted is None:

@@ -169,10 +169,10 @@ class Stepper:
         before = self.members.get(id(p))
         if before is None or before.param_dtype == p.dtype:
             return
+        if "param_remainder" in self.state.get(p, {}):
+            drop_remainder(name, p, self.state[p])  # raises where warnings are errors
         del self.members[id(p)]  # what will be loaded after this belongs to the new dtype
         self.plan = None
-        if "param_remainder" in self.state.get(p, {}):
-            drop_remainder(name, p, self.state[p])
 
     def upload_hyperparameters(self) -> None:
         """Bring the devices' hyperparameter rows up to date without a step.
@@ -282,6 +282,8 @@ class Stepper:
         extended = [*map(_is_extended, self.groups)]
         for index, group in enumerate(self.groups, self.place[0]):
             check_hyperparameters(group_hyperparameters(group), f"param_groups[{index}]")
+            if _is_coded(group):
+                check_8bit_betas(group, f"param_groups[{index}]")
             if group.get("decay_coupling") == "schedule" and group.get("initial_lr") is None:
                 raise ValueError(
                     f"param_groups[{index}]: decay_coupling='schedule', and the group has no initial_lr; expected the "
@@ -318,7 +320,7 @@ class Stepper:
         self.plan = plan
         self.members = members
         self._structure, self._sizes, self._extended = structure, sizes, extended
-        self._coded = [i for i, group in enumerate(self.groups) if group.get("moment_format") == "8bit"]
+        self._coded = [i for i, group in enumerate(self.groups) if _is_coded(group)]
         self._flat_shards = any(_is_flat_shard(p) for group in self.lists for p in group["params"])
 
     def _name(self, group: int, index: int) -> str:
@@ -455,6 +457,11 @@ class Stepper:
 def _is_extended(group: dict[str, Any]) -> bool:
     """Whether the group has any of FURTHER_OPTIONS."""
     return not FURTHER_OPTIONS.keys().isdisjoint(group)
+
+
+def _is_coded(group: dict[str, Any]) -> bool:
+    """Whether the group asks for moments of 8 bits."""
+    return group.get("moment_format") == "8bit" and rule_of(group) == "adamw"
 
 
 def _is_flat_shard(p: torch.Tensor) -> bool:

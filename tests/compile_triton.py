@@ -31,19 +31,21 @@ CPU = torch.device("cpu")
 # The kernels of a step in the order of their launches, without update, of which there are several.
 SINGLE_KERNELS = ["measure", "sum_up", "decide", "prepare"]
 
-Combination = tuple[torch.dtype, torch.dtype, str]  # of a parameter, its gradient, its moments' format
+Combination = tuple[torch.dtype, torch.dtype, str, str]  # of a parameter, its gradient, its moments' format, the rule
 
 COMBINATIONS: list[Combination] = [
-    (param, grad, moments)
+    (param, grad, moments, rule)
+    for rule in ("adamw", "sgdw")
     for param in PARAM_DTYPES
     for grad in grad_dtypes(param)
     for moments in (MOMENT_FORMATS if compute_dtype(param) == torch.float32 else MOMENT_FORMATS[:1])
+    if (rule, moments) != ("sgdw", "8bit")
 ]
 
 
-def kernel_name(param: torch.dtype, grad: torch.dtype, moments: str) -> str:
-    """What tests call the update kernel of a combination: 'update-float32-bfloat16-8bit'."""
-    return "-".join(["update", str(param).removeprefix("torch."), str(grad).removeprefix("torch."), moments])
+def kernel_name(param: torch.dtype, grad: torch.dtype, moments: str, rule: str) -> str:
+    """What tests call the update kernel of a combination: 'adamw-float32-bfloat16-8bit'."""
+    return "-".join([rule, str(param).removeprefix("torch."), str(grad).removeprefix("torch."), moments])
 
 
 def gpu_target(name: str) -> GPUTarget:
@@ -71,11 +73,11 @@ def launch_table(combinations: list[Combination]) -> LaunchTable:
     backend = triton_kernels.TritonBackend()
     numel = 2 * backend.chunk_size
     specs = []
-    for param, grad, moments in combinations:
+    for param, grad, moments, rule in combinations:
         # Nothing is launched: what a moment's dtype is does not matter, nor the tensors that only some formats have.
         specs.append(
             TensorSpec(
-                name=kernel_name(param, grad, moments),
+                name=kernel_name(param, grad, moments, rule),
                 param=torch.zeros(numel, dtype=param),
                 grad_dtype=grad,
                 exp_avg=torch.zeros(numel, dtype=compute_dtype(param)),
@@ -83,6 +85,7 @@ def launch_table(combinations: list[Combination]) -> LaunchTable:
                 max_exp_avg_sq=None,
                 step=torch.zeros(()),
                 hyper=0,
+                rule=rule,
                 moment_format=moments,
             )
         )
@@ -102,7 +105,7 @@ def compile_all(combinations: list[Combination]) -> dict[str, Any]:
         for name, kernel in originals.items():
             setattr(triton_kernels, f"{name}_kernel", kernel)
     names = SINGLE_KERNELS + [
-        kernel_name(batch.param_dtype, batch.grad_dtype, batch.moment_format) for batch in table.batches
+        kernel_name(batch.param_dtype, batch.grad_dtype, batch.moment_format, batch.rule) for batch in table.batches
     ]
     compiled = [kernel for recorder in recorders.values() for kernel in recorder.compiled]
     return dict(zip(names, compiled, strict=True))
@@ -138,7 +141,8 @@ def main(output: Path, targets: list[str]) -> None:
         kernels = compile_all(COMBINATIONS)
         # The counterexample: what the tests must be able to see.
         triton_kernels.COMPILE_OPTIONS = {"enable_fp_fusion": True}
-        for name, compiled in compile_all([(torch.float32, torch.float32, "float32")]).items():
+        plain = [(torch.float32, torch.float32, "float32", rule) for rule in ("adamw", "sgdw")]
+        for name, compiled in compile_all(plain).items():
             kernels[f"contracted-{name}"] = compiled
         with tempfile.TemporaryDirectory() as folder:
             texts = {name: collect(kernel, Path(folder)) for name, kernel in kernels.items()}

@@ -227,6 +227,10 @@ class Case:
             dtypes["param_ema"] = "bfloat16" if self.ema_format == "bfloat16" else wide
         return dtypes
 
+    def unused(self, hyper: Mapping[str, Any], flags: Mapping[str, bool]) -> set[str]:
+        """Tensors that are no part of the state under these options; no step may touch them."""
+        return set() if flags["amsgrad"] else {"max_exp_avg_sq"}
+
     def state_key(self, key: str) -> str:
         """What an optimizer's state calls the tensor `key`: there, 8-bit codes are not called as moments are."""
         return f"{key}_code" if self.moment_format == "8bit" and key in MOMENTS else key
@@ -288,7 +292,7 @@ class Case:
         """Let the judge take the step.
 
         Args:
-            hyper: lr, beta1, beta2, eps, weight_decay.
+            hyper: lr, beta1, beta2, eps, weight_decay, and initial_lr if the decay follows the schedule.
             flags: of `step_exact`.
             seed: of the random bits.
             position: of the parameter, over all groups.
@@ -372,6 +376,7 @@ def make_case(
     param_format: str = "native",
     moment_format: str = "float32",
     first_element: int = 0,
+    kind: type[Case] = Case,
 ) -> Case:
     """Return a case in the middle of training: random weights, gradient and moments.
 
@@ -389,8 +394,9 @@ def make_case(
         param_format: how the weight is stored.
         moment_format: how the moments are stored.
         first_element: index of the first element in the whole tensor.
+        kind: `Case`, or that of another rule.
     """
-    case = Case(param_dtype, grad_dtype, {}, {}, ema_format, True, param_format, moment_format, first_element)
+    case = kind(param_dtype, grad_dtype, {}, {}, ema_format, True, param_format, moment_format, first_element)
     for key, dtype in case.dtypes.items():
         if key in ("step", *UNSHAPED):
             whole = case.shape_of(key)
@@ -471,7 +477,13 @@ def judge_all(cases: Iterable[Case], hyper: Mapping[str, Any], flags: Mapping[st
 
 
 class Launch:
-    """A launch plan over cases, any formats at any sizes, and the judge beside it."""
+    """A launch plan over cases, any formats at any sizes, and the judge beside it.
+
+    Attributes:
+        fields: the hyperparameters with which a HyperRow begins.
+    """
+
+    fields = ("lr", "beta1", "beta2", "eps", "weight_decay")
 
     def __init__(
         self,
@@ -489,7 +501,7 @@ class Launch:
 
         Args:
             cases: what to update.
-            hyper: lr, beta1, beta2, eps, weight_decay.
+            hyper: lr, beta1, beta2, eps, weight_decay; initial_lr, if the decay follows the schedule.
             flags: of `reference.adamw_exact`: amsgrad, maximize, decoupled, cautious, cautious_weight_decay.
             update_bound: of `FusedAdamW`.
             ema_decay: of the cases that have an average.
@@ -503,8 +515,8 @@ class Launch:
         self.positions = range(len(cases)) if positions is None else positions
         specs = [self._spec(case, position) for case, position in zip(cases, self.positions, strict=True)]
         self.plan = LaunchPlan(specs, 1, backends.choose, chunk_size)
-        values = [hyper[key] for key in ("lr", "beta1", "beta2", "eps", "weight_decay")]
-        self.plan.hypers.write_all([*values, None, ema_decay, None])
+        values = [hyper.get(key) for key in self.fields]
+        self.plan.hypers.write_all([*values, None, ema_decay, hyper.get("initial_lr")])
 
     def _spec(self, case: Case, position: int) -> TensorSpec:
         bound = self.update_bound
@@ -520,6 +532,7 @@ class Launch:
             max_exp_avg_sq=state.get("max_exp_avg_sq") if self.flags["amsgrad"] else None,
             step=state["step"],
             hyper=0,
+            schedule_decay="initial_lr" in self.hyper,
             amsgrad=self.flags["amsgrad"],
             maximize=self.flags["maximize"],
             decoupled=self.flags["decoupled"],
@@ -654,7 +667,13 @@ class WholeStep:
 
 
 class Training:
-    """A `FusedAdamW` over groups of cases whose state it has loaded, and the judge beside it."""
+    """A `FusedAdamW` over groups of cases whose state it has loaded, and the judge beside it.
+
+    Attributes:
+        make: the optimizer's class.
+    """
+
+    make: type[torch.optim.Optimizer] = FusedAdamW
 
     def __init__(self, groups: Sequence[Group], *, fused: bool | None = None, **options: Any) -> None:
         """Make the parameters, hand over gradients and state; no step is taken.
@@ -670,15 +689,18 @@ class Training:
         of_groups = []
         for group, params in zip(groups, self.params, strict=True):
             hyper = dict(group.hyper)
-            hyper["betas"] = (hyper.pop("beta1"), hyper.pop("beta2"))
+            if "beta1" in hyper:
+                hyper["betas"] = (hyper.pop("beta1"), hyper.pop("beta2"))
+            if "initial_lr" in hyper:
+                hyper["decay_coupling"] = "schedule"
             of_groups.append(dict(params=params, **hyper, **group.flags, **{**NATIVE_FORMATS, **group.options}))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="param_format='native'")  # of what native 16-bit weights lose
-            self.optimizer = FusedAdamW(of_groups, fused=fused, **options)
+            self.optimizer = self.make(of_groups, fused=fused, **options)
         for p, case, group in self:
             if case["grad"].dtype != p.dtype:
                 p.grad_dtype = None  # any dtype
-            unused = {"param", "grad"} if group.flags["amsgrad"] else {"param", "grad", "max_exp_avg_sq"}
+            unused = {"param", "grad", *case.unused(group.hyper, group.flags)}
             self.optimizer.state[p] = {case.state_key(key): case[key] for key in case.tensors if key not in unused}
         self.give_grads()
 

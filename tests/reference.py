@@ -408,6 +408,7 @@ def step_exact(
     norm: float | None = None,
     max_grad_norm: float | None = None,
     update_bound: float | str | None = None,
+    initial_lr: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
     """Return the stored (p, m, v, v_max) after step `t`, bit for bit what every backend must store.
 
@@ -436,6 +437,7 @@ def step_exact(
         norm: norm of the unscaled gradients, of `decide`; read only for clipping.
         max_grad_norm: clip to this norm, or None.
         update_bound: of `coefficients`.
+        initial_lr: likewise.
 
     Raises:
         TypeError: an array is not of the NumPy dtype that its storage dtype asks for.
@@ -456,6 +458,7 @@ def step_exact(
         norm=norm,
         max_grad_norm=max_grad_norm,
         update_bound=update_bound,
+        initial_lr=initial_lr,
     )
     p, m, v, v_max = adamw_exact(
         load(p, param_dtype, compute),

@@ -35,17 +35,18 @@ ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120"]
 
 BYTES = {"float": 4, "bf16": 2, "fp16": 2, "double": 8, "8bit": 1}
-# Dtypes of parameter, gradient and moments.
+# Dtypes of parameter, gradient and moments, and the rule.
 UPDATES = {
     **{
-        f"update_kernel<{param}, {grad}, {moment}>": (param, grad, moment)
+        f"{kernel}<{param}, {grad}, {moment}>": (param, grad, moment, rule)
+        for kernel, rule in (("update_kernel", "adamw"), ("sgdw_kernel", "sgdw"))
         for param in ("float", "bf16", "fp16", "double")
         for grad in ("float", "bf16", "fp16", "double")
         for moment in ("float", "bf16", "double")
         if (moment == "double" if param == "double" else "double" not in (grad, moment))
     },
     **{
-        f"update8_kernel<{param}, {grad}>": (param, grad, "8bit")
+        f"update8_kernel<{param}, {grad}>": (param, grad, "8bit", "adamw")
         for param in ("float", "bf16", "fp16")
         for grad in ("float", "bf16", "fp16")
     },
@@ -57,21 +58,24 @@ SINGLE_KERNELS = {
     "decide_kernel": {"mul", "add", "rcp", "sqrt"},
     "prepare_kernel": {"mul", "add", "sub", "div", "rcp", "sqrt"},
 }
+# And that of an update. SGD's sum of decay and update is subtracted, as AdamW's is.
+RULES = {"adamw": {"mul", "add", "sub", "div", "sqrt"}, "sgdw": {"mul", "add", "sub"}}
 KERNELS = [*SINGLE_KERNELS, *UPDATES]
 # Beside float64, whose average is never bfloat16, there is nothing to round stochastically.
 UPDATES_OF_FLOAT32 = [name for name, (param, *_) in UPDATES.items() if param != "double"]
 
-# Registers a thread, at most; a block is 256 threads. Measured with CUDA 13.0: sm_80 and sm_90; sm_100 and sm_120
+# Registers a thread, at most; a block is 256 threads. Measured with CUDA 13.0: sm_80 and sm_90; sm_100 and sm_120. Of
+# updates AdamW's, then SGD's.
 MAX_REGISTERS = {
     "measure_kernel": 40,  # 6 blocks a multiprocessor: 32; 30 to 36
     "sum_up_kernel": 40,  # 32; 32 to 36
     "decide_kernel": 40,  # one thread: 32 to 36; 30 to 32
-    "prepare_kernel": 64,  # 52; 54 to 56
-    "float": 48,  # float32 weights and gradients, 5 blocks, the kernel's own launch bound: 45; 45 to 48
-    "16-bit": 64,  # any 16-bit operand, 4 blocks, likewise: 59 to 64; 58 to 64
-    "mixed": 80,  # eight elements of float32 weights and moments at once, 3 blocks, likewise: 74; 77
-    "8bit": 128,  # moments in 8 bits, 2 blocks, likewise: 120 to 127; 123 to 127
-    "double": 80,  # 3 blocks: 60 to 66; 52 to 72
+    "prepare_kernel": 64,  # 54; 56
+    "float": 48,  # float32 weights and gradients, 5 blocks, the kernel's own launch bound: 45; 45 to 48. 44 to 46
+    "16-bit": 64,  # any 16-bit operand, 4 blocks, likewise: 60 to 64; 58 to 64. 57 to 64; 51 to 64
+    "mixed": 80,  # eight elements of float32 weights and moments at once, 3 blocks: 75; 77 to 78. 80; 72 to 80
+    "8bit": 128,  # moments in 8 bits, 2 blocks, likewise: 109 to 127; 121 to 128
+    "double": 80,  # 3 blocks: 68 to 70; 50 to 60. 40 to 48
 }
 
 
@@ -79,7 +83,7 @@ def register_bound(kernel: str) -> int:
     """The entry of MAX_REGISTERS for a kernel."""
     if kernel not in UPDATES:
         return MAX_REGISTERS[kernel]
-    param, grad, moment = UPDATES[kernel]
+    param, grad, moment, _ = UPDATES[kernel]
     if param == "double" or moment == "8bit":
         return MAX_REGISTERS[moment]
     if param == grad == "float":
@@ -105,7 +109,7 @@ def required(tool: str) -> str:
 
 
 def demangle(names: list[str]) -> list[str]:
-    """'update_kernel<float, bf16>' and 'prepare_kernel' from the linker's names."""
+    """'update8_kernel<float, bf16>' and 'prepare_kernel' from the linker's names."""
     result = subprocess.run([required("c++filt")], input="\n".join(names), capture_output=True, text=True, check=True)
     plain = [re.sub(r"\(anonymous namespace\)::|_GLOBAL__N_\w*::", "", line) for line in result.stdout.splitlines()]
     return [re.sub(r"^void |\(.*", "", line) for line in plain]
@@ -159,7 +163,7 @@ def elements_per_thread(kernel: str) -> int:
 
     16 bytes of the narrower of weight and gradient, or of float64 weights; half a group of 8-bit moments.
     """
-    param, grad, moment = UPDATES[kernel]
+    param, grad, moment, _ = UPDATES[kernel]
     return 2 if param == "double" else 8 if moment == "8bit" else 16 // min(BYTES[param], BYTES[grad])
 
 
@@ -186,12 +190,12 @@ def test_registers_stay_under_their_bound(kernels: dict[str, Kernel], name: str)
 
 def vector_accesses(name: str) -> tuple[Counter[int], Counter[int]]:
     """Loads and stores that the vector path of an update consists of, by their bytes."""
-    param, grad, moment = UPDATES[name]
+    param, grad, moment, rule = UPDATES[name]
     elements = elements_per_thread(name)
     compute = max(BYTES[param], 4)
     sixteen_bits = BYTES[param] == 2
-    # m, v and, where moments are wide, v_max.
-    moments = [BYTES[moment]] * (3 if moment in ("float", "double") else 2)
+    # m, v and, where moments are wide, v_max; of SGD m alone.
+    moments = [BYTES[moment]] * (1 if rule == "sgdw" else 3 if moment in ("float", "double") else 2)
     averages = [compute] if param == "double" else [compute, BYTES["bf16"]]
     remainders = [1, 2] if sixteen_bits else []
     # For the average, remainders are read again; so is the weight, where codes of moments are stored in between.
@@ -254,7 +258,8 @@ def test_every_operation_is_rounded_once_to_nearest(kernels: dict[str, Kernel], 
     assert outside_ieee(kernel.ptx) == set()
     width = "f64" if name in SINGLE_KERNELS or UPDATES[name][0] == "double" else "f32"
     operations = {opcode.split(".")[0] for opcode in kernel.ptx if opcode.endswith(f".rn.{width}")}
-    assert operations == SINGLE_KERNELS.get(name, {"mul", "add", "sub", "div", "sqrt"})
+    expected = SINGLE_KERNELS[name] if name in SINGLE_KERNELS else RULES[UPDATES[name][3]]
+    assert operations == expected
 
 
 @pytest.mark.parametrize("name", UPDATES_OF_FLOAT32)
@@ -270,7 +275,7 @@ def test_update_has_no_float64(kernels: dict[str, Kernel], name: str) -> None:
 @pytest.mark.parametrize("name", UPDATES_OF_FLOAT32)
 def test_random_words_take_one_product_a_round(kernels: dict[str, Kernel], name: str) -> None:
     """A Philox round's 32 x 32 -> 64 bit product is one instruction, not the three of a product of 64-bit integers."""
-    param, _, moment = UPDATES[name]
+    param, _, moment, _ = UPDATES[name]
     elements = elements_per_thread(name) + 1  # whole vectors, and one by one
     for_average = 7 * elements
     # Of what moments alone need, the last round gives the lower half of its product: six, and a product of 32 bits.
@@ -293,5 +298,6 @@ def test_contraction_would_be_noticed(tmp_path: Path) -> None:
     subprocess.run(command, check=True, capture_output=True)
     by_name = ptx_kernels(ptx.read_text())
     opcodes = dict(zip(demangle(list(by_name)), by_name.values(), strict=True))
-    assert "fma.rn.f32" in outside_ieee(opcodes["update_kernel<float, float, float>"])
+    for kernel in ("update_kernel", "sgdw_kernel"):
+        assert "fma.rn.f32" in outside_ieee(opcodes[f"{kernel}<float, float, float>"])
     assert "fma.rn.f64" in outside_ieee(opcodes["measure_kernel"])

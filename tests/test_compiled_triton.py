@@ -1,10 +1,10 @@
 """The Triton kernels as compiled for GPUs that need not be here: what the assembly says.
 
 Every kernel that the launcher launches (measure, sum_up, decide, prepare, and update for all dtype combinations and
-formats of the moments) is compiled for sm_80, sm_90, sm_100 and gfx942 by `compile_triton.py`. Division and root are
-single instructions in PTX, `div.rn` and `sqrt.rn`; the assembler expands them to sequences with FFMA inside that round
-correctly, so "no contraction" is asserted of PTX, where every product and sum must carry `.rn`: without it, ptxas may
-contract them.
+formats of the moments, under either rule) is compiled for sm_80, sm_90, sm_100, sm_120 and gfx942 by
+`compile_triton.py`. Division and root are single instructions in PTX, `div.rn` and `sqrt.rn`; the assembler expands
+them to sequences with FFMA inside that round correctly, so "no contraction" is asserted of PTX, where every product and
+sum must carry `.rn`: without it, ptxas may contract them.
 """
 
 import json
@@ -38,20 +38,23 @@ pytest.importorskip("triton", reason="compiling Triton kernels needs triton")
 
 from adamw_kernels import triton_kernels  # noqa: E402
 
-NVIDIA = ["sm_80", "sm_90", "sm_100"]
+NVIDIA = ["sm_80", "sm_90", "sm_100", "sm_120"]
 AMD = ["gfx942"]
 TARGETS = [*NVIDIA, *AMD]
 
-# Of a parameter, its gradient, its moments' format.
+# Of a parameter, its gradient, its moments' format, and the rule.
 UPDATES = {
-    "-".join(["update", *(str(dtype).removeprefix("torch.") for dtype in (param, grad)), moments]): (
+    "-".join([rule, *(str(dtype).removeprefix("torch.") for dtype in (param, grad)), moments]): (
         param,
         grad,
         moments,
+        rule,
     )
+    for rule in ("adamw", "sgdw")
     for param in PARAM_DTYPES
     for grad in grad_dtypes(param)
     for moments in (MOMENT_FORMATS if compute_dtype(param) == torch.float32 else MOMENT_FORMATS[:1])
+    if (rule, moments) != ("sgdw", "8bit")
 }
 # The kernels that work in float64 whatever the tensors' dtype, and the arithmetic that each consists of.
 SINGLE_KERNELS = {
@@ -60,6 +63,8 @@ SINGLE_KERNELS = {
     "decide": {"mul", "add", "div", "sqrt"},
     "prepare": {"mul", "add", "sub", "div", "sqrt"},
 }
+# And that of an update. SGD's sum of decay and update is subtracted, as AdamW's is.
+RULES = {"adamw": {"mul", "add", "sub", "div", "sqrt"}, "sgdw": {"mul", "add", "sub"}}
 KERNELS = [*SINGLE_KERNELS, *UPDATES]
 # Beside float64 nothing is rounded stochastically.
 UPDATES_OF_FLOAT32 = [name for name, (param, *_) in UPDATES.items() if compute_dtype(param) == torch.float32]
@@ -68,26 +73,31 @@ UPDATES_OF_FLOAT32 = [name for name, (param, *_) in UPDATES.items() if compute_d
 # 8. With 96 they are 5, which have 80 KiB of loads under way at once (8 elements a thread of p, g, m and v, in
 # float32): twice what an H100's memory needs to be busy. With 128 there are 16 warps, and 28 KiB of loads under way
 # with weights in split24 and moments in 8 bits, whose arithmetic takes longer than their memory traffic. prepare has a
-# thread for a tensor. Measured with Triton 3.9: on sm_80, sm_90, sm_100
+# thread for a tensor, and 88 let 5 of its blocks run. Measured with Triton 3.9: on sm_80, sm_90, sm_100, sm_120
 MAX_REGISTERS = {
-    "measure": 48,  # 48, 48, 46
-    "sum_up": 48,  # 48, 48, 48
-    "decide": 48,  # 36, 38, 36
-    "prepare": 80,  # 80, 78, 78
-    "float32": 96,  # 89, 78, 63 beside float32 weights; 91, 83, 68 beside 16-bit ones; 89, 89, 80 of float64
-    "bfloat16": 128,  # 72, 72, 64; 118, 122, 128
-    "8bit": 128,  # 88, 89, 84; 128, 126, 128
+    "measure": 48,  # 48, 48, 46, 40
+    "sum_up": 48,  # 48 everywhere
+    "decide": 48,  # 36, 38, 36, 38
+    "prepare": 88,  # 80, 82, 82, 83
+    # Of each: beside float32 weights; 16-bit ones; float64 ones.
+    "adamw-float32": 96,  # 89, 78, 63, 62; 91, 83, 68, 70; 89, 89, 80, 77
+    "adamw-bfloat16": 128,  # 72, 72, 64, 80; 118, 122, 128, 118
+    "adamw-8bit": 128,  # 86, 88, 75, 83; 125, 122, 125, 124
+    "sgdw-float32": 72,  # 60, 50, 40, 40; 69, 69, 48, 40; 56, 66, 48, 48
+    "sgdw-bfloat16": 104,  # 59, 62, 56, 74; 96, 103, 86, 80
 }
 # On gfx942, where 64 vector registers let 8 wavefronts share a SIMD unit, 72 let 7 and 104 let 4. measure and decide
-# 24, sum_up 36, prepare 66.
+# 24, sum_up 36, prepare 70.
 MAX_VECTOR_REGISTERS = {
     "measure": 64,
     "sum_up": 64,
     "decide": 64,
     "prepare": 72,
-    "float32": 64,  # 44 to 51
-    "bfloat16": 72,  # 43 to 62 (68 with Triton 3.6)
-    "8bit": 104,  # 63 to 86 (97 with Triton 3.6)
+    "adamw-float32": 64,  # 44 to 51
+    "adamw-bfloat16": 72,  # 43 to 62 (68 with Triton 3.6)
+    "adamw-8bit": 104,  # 63 to 87 (97 with Triton 3.6)
+    "sgdw-float32": 64,  # 30 to 47
+    "sgdw-bfloat16": 64,  # 28 to 55
 }
 # What there is no scalar register for waits in lanes of a vector register, not in memory: of update 0 to 18 values.
 MAX_SCALARS_IN_LANES = 24
@@ -102,7 +112,7 @@ AMD_FUSED_WITHIN = {
 
 @pytest.fixture(scope="session")
 def compilations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """By target, what `compile_triton.py` writes: two minutes of compiling, in two processes for two targets each."""
+    """By target, what `compile_triton.py` writes: three minutes of compiling, in two processes."""
     folder = tmp_path_factory.mktemp("triton")
     tests = Path(__file__).parent
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -153,22 +163,27 @@ def elements_per_thread(kernel: str, warp_size: int) -> int:
 
 
 def bound_of(kernel: str, bounds: dict[str, int]) -> int:
-    """The entry for a kernel; of an update, that for its moments' format."""
-    return bounds[UPDATES[kernel][2] if kernel in UPDATES else kernel]
+    """The entry for a kernel; of an update, that for its rule and its moments' format."""
+    if kernel not in UPDATES:
+        return bounds[kernel]
+    *_, moments, rule = UPDATES[kernel]
+    return bounds[f"{rule}-{moments}"]
 
 
 def expected_accesses(kernel: str, warp_size: int, widest_load: int = 16) -> dict[int, tuple[int, int]]:
     """By bytes moved at a time: loads and stores by which a thread moves all its elements.
 
     Operands are p, its remainder in code of its own for either format, g (loaded only), m, v, v_max beside moments of
-    the compute dtype, and the average in code of its own for either format. What moves at once is the same number of
-    elements of each, so that every operand of an element lies in the same thread; more than 16 bytes in parts.
+    the compute dtype (of SGD m alone), and the average in code of its own for either format. What moves at once is the
+    same number of elements of each, so that every operand of an element lies in the same thread; more than 16 bytes in
+    parts.
     """
-    param, grad, moments = UPDATES[kernel]
+    param, grad, moments, rule = UPDATES[kernel]
     compute = compute_dtype(param)
     elements = elements_per_thread(kernel, warp_size)
     at_once = min(elements, triton_kernels.update_options(*UPDATES[kernel])["VECTOR"])
-    of_moments = {"float32": [compute] * 3, "bfloat16": [torch.bfloat16] * 2, "8bit": [torch.int8, torch.uint8]}
+    of_format = {"float32": [compute] * 3, "bfloat16": [torch.bfloat16] * 2, "8bit": [torch.int8, torch.uint8]}
+    of_moments = of_format[moments][: 1 if rule == "sgdw" else None]
     remainders = [torch.int8, torch.int16] if param.itemsize == 2 else []
     averages = [compute] if compute == torch.float64 else [compute, torch.bfloat16]
     accesses: dict[int, tuple[int, int]] = {}
@@ -179,7 +194,7 @@ def expected_accesses(kernel: str, warp_size: int, widest_load: int = 16) -> dic
         parts = num_bytes // width * (elements // at_once)
         accesses[width] = (loads + parts, stores) if is_load else (loads, stores + parts)
 
-    for dtype in (param, *remainders, *of_moments[moments], *averages):
+    for dtype in (param, *remainders, *of_moments, *averages):
         count(at_once * dtype.itemsize, widest_load, True)
         count(at_once * dtype.itemsize, 16, False)
     count(at_once * grad.itemsize, widest_load, True)
@@ -191,7 +206,8 @@ def expected_accesses(kernel: str, warp_size: int, widest_load: int = 16) -> dic
 
 def test_every_kernel_was_compiled(compilations: dict[str, dict[str, Any]]) -> None:
     """On every target there is one update for each combination, one of the others, and the counterexamples."""
-    contracted = {f"contracted-{name}" for name in [*SINGLE_KERNELS, "update-float32-float32-float32"]}
+    updates = [f"{rule}-float32-float32-float32" for rule in RULES]
+    contracted = {f"contracted-{name}" for name in [*SINGLE_KERNELS, *updates]}
     for target, kernels in compilations.items():
         assert set(kernels) == {*KERNELS, *contracted}, target
 
@@ -265,12 +281,13 @@ def test_every_operation_is_rounded_once_to_nearest(nvidia: dict[str, Any], name
     assert outside_ieee(kernel.ptx) == set()
     width = "f64" if name in SINGLE_KERNELS or UPDATES[name][0] == torch.float64 else "f32"
     operations = {opcode.split(".")[0] for opcode in kernel.ptx if opcode.endswith(f".rn.{width}")}
-    assert operations == SINGLE_KERNELS.get(name, {"mul", "add", "sub", "div", "sqrt"})
+    expected = SINGLE_KERNELS[name] if name in SINGLE_KERNELS else RULES[UPDATES[name][3]]
+    assert operations == expected
 
 
 def test_contraction_would_be_noticed(nvidia: dict[str, Any]) -> None:
     """With fusion allowed, the same checks find an fma in update and measure and contractible operations in prepare."""
-    for name in ("update-float32-float32-float32", "measure"):
+    for name in (*(f"{rule}-float32-float32-float32" for rule in RULES), "measure"):
         opcodes = outside_ieee(NvidiaKernel(nvidia[f"contracted-{name}"]).ptx)
         assert any(opcode.startswith("fma.") for opcode in opcodes), name
     assert "mul.f64" in outside_ieee(NvidiaKernel(nvidia["contracted-prepare"]).ptx)
@@ -293,9 +310,9 @@ def test_random_words_take_one_product_a_round(nvidia: dict[str, Any], name: str
     rounds = 7 * (elements + elements // triton_kernels.MASKED_SHARE)
     products, parts = sass_wide_products(NvidiaKernel(nvidia[name]).sass)
     # The address of a chunk's row, and such, are a few more (1; 6 with Triton 3.6); divisions by the codes an octave, 4
-    # a group, and what else codes are made of, 15. That is also full of products of 32 bits.
+    # a group, and what else codes are made of, 15 (21 on sm_120). That is also full of products of 32 bits.
     packed = UPDATES[name][2] == "8bit"
-    assert rounds <= products <= rounds + (20 if packed else 8)
+    assert rounds <= products <= rounds + (24 if packed else 8)
     assert packed or parts <= 4
 
 
@@ -369,5 +386,6 @@ def test_amd_fuses_only_within_division_and_root(amd: dict[str, Any], name: str)
 
 def test_amd_contraction_would_be_noticed(amd: dict[str, Any]) -> None:
     """With fusion allowed, there are more fused multiply-adds than divisions and roots account for."""
-    opcodes = amd_opcodes(amd["contracted-update-float32-float32-float32"]["amdgcn"])
-    assert amd_fused(opcodes, "f32") > amd_fused_within_division_and_root(opcodes, "f32")
+    for rule in RULES:
+        opcodes = amd_opcodes(amd[f"contracted-{rule}-float32-float32-float32"]["amdgcn"])
+        assert amd_fused(opcodes, "f32") > amd_fused_within_division_and_root(opcodes, "f32")

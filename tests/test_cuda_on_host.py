@@ -13,30 +13,18 @@ what test_compiled_cuda.py is about; both are tested wherever there is a GPU, by
 import ctypes
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import product
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
+from cuda_cases import CPU, HYPERPARAMETERS, Case, CudaOnHost, assert_same_bits, check, make_case, run
 from cuda_stand_in import MISALIGNED_ADDRESS, ROOT, STAND_IN, compile_kernels
 
 from adamw_kernels import backends
-from adamw_kernels.control import DECISION_NORM, DECISION_NORMS, NormDomain, StepControl
-from adamw_kernels.formats import (
-    GROUP,
-    PARAM_DTYPES,
-    PARAM_FORMATS,
-    compute_dtype,
-    ema_dtype,
-    grad_dtypes,
-    random_stream,
-    remainder_dtype,
-)
-from adamw_kernels.hyperparameters import Hyperparameters
-from adamw_kernels.launch_table import ROW_PARAM, LaunchPlan, LaunchTable, TensorSpec
-
-CPU = torch.device("cpu")
+from adamw_kernels.control import DECISION_NORM, DECISION_NORMS, StepControl
+from adamw_kernels.formats import PARAM_DTYPES, PARAM_FORMATS, grad_dtypes
+from adamw_kernels.launch_table import ROW_PARAM, LaunchPlan
 
 COMBINATIONS = [(param, grad) for param in PARAM_DTYPES for grad in grad_dtypes(param)]
 FLAGS = [
@@ -46,7 +34,6 @@ VARIANTS = [
     {**flags, "cautious": cautious, "cautious_decay": decay}
     for flags, (cautious, decay) in product(FLAGS, product((False, True), repeat=2))
 ]
-HYPERPARAMETERS = Hyperparameters(1e-2, 0.9, 0.99, 1e-8, 0.1, max_grad_norm=0.5, ema_decay=0.9)
 
 # Every way to store what is beside the gradient, but native weights beside wide moments: dtypes, param_format and
 # moment_format.
@@ -64,14 +51,7 @@ FEW_STORAGES = [
     if c in {(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)}
 ] + [(c, *formats) for c, *formats in STORAGES if c == (torch.float16, torch.float32)]
 
-# Every operand lies within a buffer whose other elements must stay as they are; 32 of them keep 16-byte alignment.
-GUARD = 32
-GUARD_VALUE = 7
-
 pytestmark = pytest.mark.skipif(not backends.cpu_isas(), reason="the native CPU path, which judges here, is not built")
-
-
-# --- the kernels as a shared library ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -83,188 +63,6 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., int]:
     function.argtypes = [pointer, integer, pointer, integer, ctypes.c_int, ctypes.POINTER(integer)]
     function.restype = ctypes.c_int
     return function
-
-
-class CudaOnHost:
-    """A backend that runs the CUDA kernels on the CPU."""
-
-    name: ClassVar[str] = "cuda"
-    chunk_size = backends.CudaBackend.chunk_size
-
-    def __init__(self, step: Callable[..., int], *, backwards: bool = False) -> None:
-        """`backwards`: run the last thread of the last block first."""
-        self._step = step
-        self._backwards = backwards
-        self.error = 0
-        self.basic_blocks = self.pointers_made = 0
-
-    def warm_up(self, table: LaunchTable, stages: int) -> None:
-        """Nothing to do: the kernels are compiled."""
-
-    def launch(self, table: LaunchTable, stages: int) -> None:
-        """Run these stages; `error` and the counts say how it went."""
-        counts = (ctypes.c_int64 * 2)()
-        self.error = self._step(
-            table.address, stages, table.batches_address, len(table.batches), self._backwards, counts
-        )
-        self.basic_blocks, self.pointers_made = counts
-
-
-# --- tensors ------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Case:
-    """One tensor with its gradient and state, each within guarded memory."""
-
-    spec: TensorSpec
-    grad: torch.Tensor
-    buffers: dict[str, torch.Tensor]
-
-
-def storage_dtypes(
-    combination: tuple[torch.dtype, torch.dtype], param_format: str, moment_format: str, ema_format: str | None
-) -> dict[str, torch.dtype]:
-    """Of all operands, in the order of `make_case`'s offsets."""
-    param_dtype, grad_dtype = combination
-    compute = compute_dtype(param_dtype)
-    first, second = {
-        "float32": (compute, compute),
-        "bfloat16": (torch.bfloat16, torch.bfloat16),
-        "8bit": (torch.int8, torch.uint8),
-    }[moment_format]
-    dtypes = {"p": param_dtype, "g": grad_dtype, "m": first, "v": second, "v_max": compute}
-    if ema_format is not None:
-        dtypes["average"] = ema_dtype(param_dtype, ema_format)
-    remainder = remainder_dtype(param_format)
-    if remainder is not None:
-        dtypes["remainder"] = remainder
-    if moment_format == "8bit":
-        dtypes["groups"] = torch.int16
-    return dtypes
-
-
-def some_values(name: str, dtype: torch.dtype, numel: int, generator: torch.Generator) -> torch.Tensor:
-    """Any bits for remainders and codes; what 8-bit moments share, where v is 2**-40 to 2**24, any else."""
-    if name == "groups":
-        first_octave = torch.randint(110, 150, (numel,), generator=generator)
-        return (first_octave << 8 | torch.randint(0, 256, (numel,), generator=generator)).to(torch.int16)
-    if not dtype.is_floating_point:
-        info = torch.iinfo(dtype)
-        return torch.randint(info.min, info.max + 1, (numel,), generator=generator).to(dtype)
-    values = torch.randn(numel, generator=generator, dtype=torch.float64)
-    return (values.square() if name in ("v", "v_max") else values).to(dtype)
-
-
-def make_case(
-    combination: tuple[torch.dtype, torch.dtype],
-    numel: int,
-    offsets: Sequence[int] = (0,) * 5,
-    *,
-    param_format: str = "native",
-    moment_format: str = "float32",
-    ema_format: str | None = None,
-    norm: int = 0,
-    **options: Any,
-) -> Case:
-    """A tensor of this size whose operands start `offsets` elements past a 16-byte boundary.
-
-    Args:
-        combination: dtypes of parameter and gradient.
-        numel: elements.
-        offsets: of p, g, m, v, v_max, then the average and the remainder where there are any, which have the first's
-            by default.
-        param_format: of the weight.
-        moment_format: of the moments.
-        ema_format: of the average, or None: there is none.
-        norm: index of the gradient norm that the tensor is part of.
-        options: other fields of `TensorSpec`.
-    """
-    generator = torch.Generator().manual_seed(numel)
-    dtypes = storage_dtypes(combination, param_format, moment_format, ema_format)
-    buffers, views = {}, {}
-    for i, (name, dtype) in enumerate(dtypes.items()):
-        offset = 0 if name == "groups" else offsets[i] if i < len(offsets) else offsets[0]
-        count = -(-numel // GROUP) if name == "groups" else numel
-        buffers[name] = torch.full((GUARD + offset + count + GUARD,), GUARD_VALUE, dtype=dtype)
-        assert buffers[name].data_ptr() % 16 == 0
-        views[name] = buffers[name][GUARD + offset : GUARD + offset + count]
-        views[name].copy_(some_values(name, dtype, count, generator))
-    buffers["step"] = torch.tensor([3.0])
-    if moment_format == "8bit":
-        buffers["scale"] = torch.tensor([2.0**24 * 1.3])
-    options = {"amsgrad": False, "maximize": False, "decoupled": True, **options}
-    spec = TensorSpec(
-        name=f"{numel} of {combination}, {param_format}, {moment_format}, at {[*offsets]}, {options}, EMA {ema_format}",
-        param=views["p"],
-        grad_dtype=combination[1],
-        exp_avg=views["m"],
-        exp_avg_sq=views["v"],
-        max_exp_avg_sq=views["v_max"] if options["amsgrad"] else None,
-        step=buffers["step"],
-        hyper=0,
-        ema=views.get("average"),
-        domain=NormDomain(norm),
-        random_stream=random_stream(5, numel),
-        param_format=param_format,
-        moment_format=moment_format,
-        remainder=views.get("remainder"),
-        groups=views.get("groups"),
-        scale=buffers.get("scale"),
-        **options,
-    )
-    return Case(spec, views["g"], buffers)
-
-
-def run(
-    backend: backends.Backend,
-    cases: list[Case],
-    chunk_size: int | None = None,
-    control: StepControl | None = None,
-    signals: tuple[float | None, float | None] = (None, None),
-) -> None:
-    """One step over all cases at once; `signals`: grad_scale and found_inf."""
-    plan = LaunchPlan([case.spec for case in cases], 1, lambda device: backend, chunk_size, control)
-    plan.hypers.write_all(HYPERPARAMETERS)
-    plan.write_grads([case.grad.data_ptr() or 1 for case in cases])
-    if control is not None:
-        control.signal(*signals)
-    plan.launch()
-
-
-def assert_same_bits(cases: list[Case], expected: list[Case]) -> None:
-    """Every buffer, guards included, holds the same bits in both."""
-    for case, other in zip(cases, expected, strict=True):
-        for name, buffer in case.buffers.items():
-            wanted = other.buffers[name]
-            assert torch.equal(buffer.view(torch.uint8), wanted.view(torch.uint8)), f"{name} of {case.spec.name}"
-
-
-def check(
-    step: Callable[..., int],
-    make_cases: Callable[[], list[Case]],
-    chunk_size: int | None = None,
-    *,
-    backwards: bool = False,
-    make_control: Callable[[], StepControl | None] = lambda: None,
-    signals: tuple[float | None, float | None] = (None, None),
-) -> torch.Tensor | None:
-    """Run the same cases by the CUDA kernels and by the native CPU path, and compare; what was decided, in words."""
-    cases, expected = make_cases(), make_cases()
-    control, other = make_control(), make_control()
-    backend = CudaOnHost(step, backwards=backwards)
-    run(backend, cases, chunk_size, control, signals)
-    assert backend.error == 0
-    run(backends.CpuBackend(), expected, chunk_size, other, signals)
-    assert_same_bits(cases, expected)
-    skipped = False
-    decision = None
-    if control is not None and other is not None:
-        decision = control.verdict(CPU).decision
-        assert torch.equal(decision, other.verdict(CPU).decision)
-        skipped = bool(control.verdict(CPU).skip())
-    assert all(case.spec.step.item() == (3.0 if skipped else 4.0) for case in cases)
-    return decision
 
 
 def combination_name(combination: tuple[torch.dtype, torch.dtype]) -> str:
@@ -681,3 +479,121 @@ def test_misaligned_access_would_be_noticed(step: Callable[..., int]) -> None:
     plan.tables[0].rows[ROW_PARAM] += 1
     plan.launch()
     assert backend.error == MISALIGNED_ADDRESS
+
+
+# --- SGD --------------------------------------------------------------------------------------------------------------
+
+# Every storage but those of 8-bit moments, of which SGD has none.
+SGD_STORAGES: list[Storage] = [
+    *((combination, "native", "float32") for combination in COMBINATIONS),
+    *(storage for storage in STORAGES if storage[2] != "8bit"),
+]
+SGD_FLAGS = [
+    dict(zip(("momentum", "nesterov", "maximize", "decoupled", "lr_in_momentum"), flags, strict=True))
+    for flags in product((False, True), repeat=5)
+]
+every_sgd_storage = pytest.mark.parametrize("storage", SGD_STORAGES, ids=storage_name)
+
+
+def sgd_case(storage: Storage, numel: int, offsets: Sequence[int] = (0,) * 5, **options: Any) -> Case:
+    """A case of SGD in this storage."""
+    combination, param_format, moment_format = storage
+    formats = dict(param_format=param_format, moment_format=moment_format)
+    return make_case(combination, numel, offsets, rule="sgdw", **formats, **options)
+
+
+@every_sgd_storage
+def test_sgd_of_any_size(step: Callable[..., int], storage: Storage) -> None:
+    """Sizes around vectors and chunks with every flag, with an average of either kind and without."""
+    averages = (None, "float32") if storage[0][0] == torch.float64 else (None, "float32", "bfloat16")
+    sizes = [*range(18), *(32 * chunks + i for chunks in (1, 2, 3) for i in (-1, 0, 1))]
+
+    def make_cases() -> list[Case]:
+        return [
+            sgd_case(storage, n, ema_format=averages[i % len(averages)], schedule_decay=i % 2 == 0, **flags)
+            for i, (flags, n) in enumerate(product(SGD_FLAGS, sizes))
+        ]
+
+    check(step, make_cases, chunk_size=32)
+
+
+@every_sgd_storage
+@pytest.mark.parametrize("momentum", [False, True])
+def test_sgd_anywhere(step: Callable[..., int], storage: Storage, momentum: bool) -> None:
+    """Operands alike past a boundary, and each further past it than the others: every element has its own bits."""
+
+    def make_cases() -> list[Case]:
+        options: dict[str, Any] = dict(momentum=momentum, ema_format="float32")
+        cases = [sgd_case(storage, n, [past] * 7, **options) for n in (0, 1, 17, 50, 97) for past in range(17)]
+        for odd_one, past, further in product((0, 1, 2, 5, 6), (0, 3), (1, 2, 4, 8)):
+            offsets = [past + further if i == odd_one else past for i in range(7)]
+            cases.append(sgd_case(storage, 70, offsets, **options))
+        return cases
+
+    check(step, make_cases, chunk_size=48)
+
+
+@every_sgd_storage
+@pytest.mark.parametrize("backwards", [False, True])
+def test_sgd_in_chunks_of_the_size_in_use(step: Callable[..., int], storage: Storage, backwards: bool) -> None:
+    """With the backend's own chunk size, in either order of threads, rounds and chunks meet without a gap."""
+    chunk = CudaOnHost.chunk_size
+
+    def make_cases() -> list[Case]:
+        return [sgd_case(storage, n, [past] * 5) for n in (2047, chunk + 1000) for past in (0, 1)]
+
+    check(step, make_cases, backwards=backwards)
+
+
+@every_sgd_storage
+def test_sgd_of_special_values(step: Callable[..., int], storage: Storage) -> None:
+    """Zeros, infinities, NaNs, subnormals and the largest values, as weights and as gradients."""
+
+    def make_cases() -> list[Case]:
+        cases = []
+        for shift, momentum in product(range(3), (False, True)):
+            case = sgd_case(storage, 500, [shift] * 7, momentum=momentum, nesterov=momentum)
+            special = torch.tensor(SPECIAL_VALUES * 20, dtype=torch.float64)
+            case.grad[: special.numel()] = special.to(case.grad.dtype)
+            case.spec.param[100 + 5 * shift :][: special.numel()] = special.to(case.spec.param.dtype)
+            cases.append(case)
+        return cases
+
+    check(step, make_cases, chunk_size=48)
+
+
+@every_sgd_storage
+def test_sgd_goes_several_elements_at_a_time(step: Callable[..., int], storage: Storage) -> None:
+    """The vector path is taken wherever all operands sit alike, with a buffer and without, and only there."""
+
+    def pointers_made(offsets: Sequence[int], momentum: bool) -> int:
+        backend = CudaOnHost(step)
+        run(backend, [sgd_case(storage, 10_000, offsets, ema_format="float32", momentum=momentum)])
+        assert backend.error == 0
+        return backend.pointers_made
+
+    (param, grad), *_ = storage
+    at_once = 2 if param == torch.float64 else 16 // min(param.itemsize, grad.itemsize)
+    for momentum in (False, True):
+        one_by_one = pointers_made([0, 1, 0, 0, 0], momentum)
+        for past in (0, 1, 16 // param.itemsize - 1):
+            # Measured: 1.6 at most, with what every thread begins with.
+            assert pointers_made([past] * 7, momentum) < 1.7 / at_once * one_by_one
+        # A buffer that is not there cannot sit elsewhere.
+        elsewhere = pointers_made([0, 0, 1, 0, 0], momentum)
+        assert elsewhere > 0.9 * one_by_one if momentum else elsewhere < 1.7 / at_once * one_by_one
+
+
+def test_both_rules_in_one_table(step: Callable[..., int]) -> None:
+    """AdamW and SGD side by side, clipped, over both couplings of the decay; a skipped step changes neither."""
+
+    def make_cases() -> list[Case]:
+        return [
+            *(stored_case(s, n, clip=True, schedule_decay=True) for n in (40, 333) for s in STORAGES),
+            *(sgd_case(s, n, clip=True, schedule_decay=n < 300) for n in (40, 0, 333) for s in reversed(SGD_STORAGES)),
+        ]
+
+    check(step, make_cases, chunk_size=48, make_control=measuring())
+    cases, control = make_cases(), measuring()()
+    run(CudaOnHost(step), cases, 48, control, (None, 1.0))
+    assert_same_bits(cases, make_cases())

@@ -28,7 +28,7 @@ from problems import stored
 from tolerances import tolerance
 from torch.distributed.checkpoint import state_dict as dcp
 
-from adamw_kernels import FusedAdamW, release_gradients
+from adamw_kernels import FusedAdamW, FusedSGDW, release_gradients
 from adamw_kernels.formats import MOMENT_FORMATS, PARAM_FORMATS
 from adamw_kernels.packing import in_memory_order, pack_moments, unpack_moments
 
@@ -322,6 +322,30 @@ def test_export_of_amsgrad(device: torch.device) -> None:
     theirs.load_state_dict(opt.export_state_dict())
     for p, q in zip(params_of(opt), params_of(theirs), strict=True):
         assert torch.equal(opt.state[p]["max_exp_avg_sq"], theirs.state[q]["max_exp_avg_sq"])
+
+
+@pytest.mark.parametrize(
+    ("theirs_of", "ours_of", "keys"),
+    [
+        (torch.optim.AdamW, FusedAdamW, ("exp_avg", "exp_avg_sq")),
+        (lambda params: torch.optim.SGD(params, momentum=0.9), FusedSGDW, ("momentum_buffer",)),
+    ],
+    ids=["adamw", "sgd"],
+)
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_export_widens_16_bit_moments(
+    device: torch.device, dtype: torch.dtype, theirs_of: Callable[..., Any], ours_of: Callable[..., Any], keys: Any
+) -> None:
+    """Those that torch keeps in the weights' dtype, loaded and not stepped since, leave in float32, unchanged."""
+    theirs = theirs_of(make_params(device, dtype, SHAPES))
+    train((theirs,), Gradients(), 3)
+    opt = ours_of(copies(params_of(theirs)))
+    opt.load_state_dict(theirs.state_dict())
+    exported = opt.export_state_dict()["state"].values()
+    for p, q, entry in zip(params_of(opt), params_of(theirs), exported, strict=True):
+        for key in keys:
+            assert (opt.state[p][key].dtype, entry[key].dtype) == (dtype, torch.float32)
+            assert torch.equal(bits(entry[key]), bits(theirs.state[q][key].float()))
 
 
 def test_torch_refuses_codes(device: torch.device) -> None:

@@ -1,5 +1,7 @@
 """What `load_state_dict` checks before it replaces anything: options, seeds, states, remainders that are missing.
 
+And that a step which fails leaves what was loaded as it was.
+
 How states of each kind may be damaged is in test_state_dict.py and, for those of the storage formats, in
 test_interchange.py.
 """
@@ -12,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from pairs import Gradients, assert_unchanged, make_params, params_of, snapshot
+from pairs import Gradients, assert_same_bits, assert_unchanged, copies, make_params, params_of, snapshot
 
-from adamw_kernels import FusedAdamW
+from adamw_kernels import BackendUnavailableError, FusedAdamW, backends
 
 pytestmark = [
     # The interpreter computes with NumPy, which warns of what masked lanes hold.
@@ -264,3 +266,71 @@ def test_no_remainder_was_ever_there(device: torch.device) -> None:
         assert not warnings_of_loading(opt, opt.state_dict())
     fresh = FusedAdamW(make_params(device, torch.bfloat16, SHAPES), param_format="split24")
     assert not warnings_of_loading(fresh, fresh.state_dict())
+
+
+# --- steps that fail afterwards ---------------------------------------------------------------------------------------
+
+
+def in_the_first_ones_memory(params: list[torch.Tensor]) -> None:
+    """The second parameter becomes a part of the first."""
+    params[1].data = params[0].data.view(-1)[:7]
+
+
+def gradient_in_the_first_ones_memory(params: list[torch.Tensor]) -> None:
+    """The second one's gradient does."""
+    params[1].grad = params[0].data.view(-1)[:7]
+
+
+@pytest.mark.parametrize("overlap", [in_the_first_ones_memory, gradient_in_the_first_ones_memory])
+@pytest.mark.parametrize("way", ["loaded", "options-edited"])
+def test_parameters_that_share_memory(
+    device: torch.device, way: str, overlap: Callable[[list[torch.Tensor]], None]
+) -> None:
+    """The step is refused before moments or remainders are brought into their formats; mended, it converts them."""
+    params = make_params(device, torch.bfloat16, SHAPES)
+    formats: dict[str, Any] = dict(param_format="split24", moment_format="8bit")
+    if way == "loaded":
+        theirs = torch.optim.AdamW(copies(params))
+        train(theirs)
+        opt, twin = (FusedAdamW(copies(params), **formats) for _ in range(2))
+        for each in (opt, twin):
+            each.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    else:
+        opt, twin = (FusedAdamW(copies(params)) for _ in range(2))
+        for each in (opt, twin):
+            train(each)
+            each.param_groups[0].update(formats)
+    Gradients(5).give(params_of(opt), params_of(twin))
+    data, grad = params_of(opt)[1].data, params_of(opt)[1].grad
+    overlap(params_of(opt))
+    before = snapshot(opt)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"param_groups\[0\]\['params'\]\[.\] share memory; expected separate"):
+            opt.step()
+        assert_unchanged(before, snapshot(opt))
+    params_of(opt)[1].data, params_of(opt)[1].grad = data, grad
+    opt.step()
+    twin.step()
+    assert "exp_avg_code" in opt.state[params_of(opt)[0]]
+    assert_same_bits(opt, twin)
+
+
+def test_backend_that_cannot_run(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Likewise: the loaded state is still there, to be loaded into an optimizer that can."""
+    monkeypatch.delenv(backends.BACKEND_VARIABLE, raising=False)
+    theirs = torch.optim.AdamW(make_params(device, torch.bfloat16, SHAPES))
+    train(theirs)
+    wrong = "cuda" if device.type == "cpu" else "cpu"
+    opt = FusedAdamW(copies(params_of(theirs)), param_format="split24", moment_format="8bit", backend=wrong)
+    opt.load_state_dict(theirs.state_dict())
+    Gradients(5).give(params_of(opt))
+    before = snapshot(opt)
+    for _ in range(2):
+        with pytest.raises(BackendUnavailableError, match=f"backend='{wrong}' cannot be used"):
+            opt.step()
+        assert_unchanged(before, snapshot(opt))
+    assert {key: value.dtype for key, value in opt.state[params_of(opt)[0]].items()} == {
+        "step": torch.float32,
+        "exp_avg": torch.bfloat16,
+        "exp_avg_sq": torch.bfloat16,
+    }

@@ -3,10 +3,12 @@
 import io
 import itertools
 import math
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pairs import (
@@ -19,6 +21,7 @@ from pairs import (
     params_of,
     snapshot,
 )
+from reference import largest_update
 
 from adamw_kernels import FusedAdamW
 from adamw_kernels.formats import MIN_8BIT_NUMEL, MOMENT_FORMATS, PARAM_FORMATS
@@ -162,6 +165,97 @@ def test_bad_option_found_later(
         opt.param_groups[1][key] = False if key == "amsgrad" else {"moment_format": "float32"}.get(key, "auto")
     opt.step()
     assert opt.state[params[0]]["exp_avg_code"].dtype == torch.int8
+
+
+# --- betas that 8-bit moments cannot hold -----------------------------------------------------------------------------
+
+# After the first gradient |m| is (1 - beta1) / sqrt(1 - beta2) times sqrt(v), of which 8 bits hold 21.
+every_bad_betas = pytest.mark.parametrize(
+    ("betas", "ratio"), [((0.9, 0.99999), "31.6"), ((0.0, 0.999), "31.6"), ((0.9, 0.99998), "22.4")], ids=str
+)
+
+
+def cannot_hold(betas: tuple[float, float], ratio: str) -> str:
+    """What the error says, as a pattern."""
+    words = f"moment_format='8bit' with betas=({betas[0]}, {betas[1]}): first moments would be {ratio} times the root"
+    return re.escape(words) + ".* 8 bits hold 21; expected a smaller beta2, a larger beta1, or moment_format='bfloat16'"
+
+
+@every_bad_betas
+def test_betas_of_8_bit_moments(betas: tuple[float, float], ratio: str) -> None:
+    """Refused by the constructor, in a group, and in one that is added; other formats take them."""
+    message, options = cannot_hold(betas, ratio), dict(betas=betas, moment_format="8bit")
+    with pytest.raises(ValueError, match=f"^FusedAdamW: {message}"):
+        FusedAdamW([parameter()], **options)
+    with pytest.raises(ValueError, match=rf"^param_groups\[0\]: {message}"):
+        FusedAdamW([dict(params=[parameter()], betas=betas)], moment_format="8bit")
+    opt = FusedAdamW([parameter()], betas=betas)
+    with pytest.raises(ValueError, match=rf"^param_groups\[1\]: {message}"):
+        opt.add_param_group(dict(params=[parameter()], moment_format="8bit"))
+    assert len(opt.param_groups) == 1
+    opt.add_param_group(dict(params=[parameter()], moment_format="bfloat16"))
+
+
+@every_bad_betas
+def test_betas_found_later(device: torch.device, betas: tuple[float, float], ratio: str) -> None:
+    """By loading and by `convert`, which change nothing."""
+    message = cannot_hold(betas, ratio)
+    plain, coded = (
+        FusedAdamW(make_params(device, torch.bfloat16, (LARGE, SMALL)), **HYPER | options)
+        for options in (dict(betas=betas), dict(moment_format="8bit"))
+    )
+    for opt in (plain, coded):
+        train(opt, Gradients(), 1)
+    before = snapshot(plain), snapshot(coded)
+    saved = plain.state_dict()
+    with pytest.raises(ValueError, match=rf"^loaded param_groups\[0\]: {message}"):
+        coded.load_state_dict(saved)
+    with pytest.raises(ValueError, match=rf"^convert: param_groups\[0\]: {message}"):
+        plain.convert(moment_format="8bit")
+    assert_unchanged(before[0], snapshot(plain))
+    assert_unchanged(before[1], snapshot(coded))
+    assert coded.param_groups[0]["betas"] == HYPER["betas"] and "moment_format" not in plain.param_groups[0]
+
+
+@every_bad_betas
+@pytest.mark.parametrize("moment_format", MOMENT_FORMATS)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_betas_changed_between_steps(
+    device: torch.device, steps: int, moment_format: str, betas: tuple[float, float], ratio: str
+) -> None:
+    """The next step raises, in the second group too, before anything is created, converted or written."""
+    groups = [dict(params=make_params(device, torch.bfloat16, (LARGE, SMALL), seed)) for seed in range(2)]
+    opt = FusedAdamW(groups, moment_format=moment_format, **HYPER)
+    gradients = Gradients()
+    train(opt, gradients, steps)
+    before = snapshot(opt)
+    for group in opt.param_groups:
+        group["moment_format"] = "8bit"
+    opt.param_groups[1]["betas"] = betas
+    gradients.give(params_of(opt))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"^param_groups\[1\]: {cannot_hold(betas, ratio)}"):
+            opt.step()
+        assert_unchanged(before, snapshot(opt))
+    opt.param_groups[1]["moment_format"] = "bfloat16"
+    opt.step()
+    assert [opt.state[group["params"][0]].keys() >= {"exp_avg_code"} for group in opt.param_groups] == [True, False]
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.9999), (0.5, 0.999), (0.9, 1 - 2.27e-5), (0.0, 0.0)], ids=str)
+def test_betas_that_8_bit_moments_hold(device: torch.device, betas: tuple[float, float]) -> None:
+    """Accepted everywhere; the first moment that is stored after the first gradient is not cut."""
+    opt = FusedAdamW(make_params(device, torch.float32, (LARGE,)), moment_format="8bit", **HYPER | dict(betas=betas))
+    opt.add_param_group(dict(params=[parameter()]))
+    (p,) = opt.param_groups[0]["params"]
+    p.grad = torch.ones_like(p)
+    opt.step()
+    opt.load_state_dict(opt.state_dict())
+    m = opt.export_state_dict()["state"][0]["exp_avg"]
+    assert ((m - (1 - betas[0])).abs() <= (1 - betas[0]) / 100).all()  # the nearest of 127 steps up to 21, or closer
+    opt.convert(moment_format="float32")
+    opt.convert(moment_format="8bit")
+    opt.step()
 
 
 # --- the warning ------------------------------------------------------------------------------------------------------
@@ -374,6 +468,71 @@ def test_unchanged_options_keep_the_plan(device: torch.device) -> None:
     opt.param_groups[0]["update_bound"] = 3.0
     train(opt, Gradients(), 1)
     assert opt._internals.stepper.plan is not plan
+
+
+# --- the bound of updates ---------------------------------------------------------------------------------------------
+
+STEPS = 1_000_000
+
+
+def with_large_moments(device: torch.device, shape: tuple[int, ...], **options: Any) -> FusedAdamW:
+    """Loaded moments far beyond what gradients leave: |m_hat| is 90 times sqrt(v_hat), in 8 bits more than 20 times."""
+    p = torch.nn.Parameter(torch.zeros(shape, device=device))
+    p.grad = torch.zeros_like(p)
+    opt = FusedAdamW([p], lr=1.0, eps=0.0, weight_decay=0.0, **options)
+    state = opt.state_dict()
+    state["state"][0] = dict(step=STEPS, exp_avg=torch.ones(shape), exp_avg_sq=torch.full(shape, 1e-4))
+    opt.load_state_dict(state)
+    return opt
+
+
+def update_of(opt: FusedAdamW) -> torch.Tensor:
+    """|m_hat| / sqrt(v_hat) as a step applies it."""
+    (p,) = params_of(opt)
+    p.data.zero_()
+    opt.step()
+    return -p.detach()
+
+
+def limit_at(step: int, betas: tuple[float, float]) -> float:
+    """What exact moments cannot exceed, in float32."""
+    return float(np.float32(largest_update(step, *betas)))
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.9), (0.9, 0.9995)], ids=str)
+@pytest.mark.parametrize("moment_format", MOMENT_FORMATS)
+def test_update_bound(device: torch.device, moment_format: str, betas: tuple[float, float]) -> None:
+    """A number bounds any moments; "auto" rounded ones, by the limit of exact ones under these betas; None nothing."""
+    options: dict[str, Any] = dict(betas=betas, moment_format=moment_format)
+    at_most, free, auto = (
+        update_of(with_large_moments(device, LARGE, update_bound=bound, **options)) for bound in (2.0, None, "auto")
+    )
+    limit = limit_at(STEPS + 1, betas)
+    assert (at_most == 2.0).all()
+    assert (free > 1.5 * limit).all()
+    if moment_format == "float32":
+        assert torch.equal(auto, free)
+    else:
+        assert (auto == limit).all()
+
+
+def test_update_bound_of_the_default_betas(device: torch.device) -> None:
+    """7.27 in the long run and a thousandth for rounding; none for tensors that are too small for 8-bit moments."""
+    auto, free = (update_of(with_large_moments(device, shape, moment_format="8bit")) for shape in (LARGE, SMALL))
+    assert round(auto[0, 0].item() / 1.001, 2) == 7.27
+    assert (free > 90).all()
+
+
+@pytest.mark.parametrize("moment_format", MOMENT_FORMATS[1:])
+def test_update_bound_follows_the_betas(device: torch.device, moment_format: str) -> None:
+    """The bound is that of the betas of this very step, without a new plan."""
+    opt = with_large_moments(device, LARGE, moment_format=moment_format)
+    plans = []
+    for step, betas in enumerate([(0.9, 0.999), (0.9, 0.99), (0.8, 0.999)], STEPS + 1):
+        opt.param_groups[0]["betas"] = betas
+        assert (update_of(opt) == limit_at(step, betas)).all()
+        plans.append(opt._internals.stepper.plan)
+    assert plans[0] is plans[1] is plans[2]
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
