@@ -275,7 +275,7 @@ def test_update_has_no_float64(kernels: dict[str, Kernel], name: str) -> None:
 @pytest.mark.parametrize("name", UPDATES_OF_FLOAT32)
 def test_random_words_take_one_product_a_round(kernels: dict[str, Kernel], name: str) -> None:
     """A Philox round's 32 x 32 -> 64 bit product is one instruction, not the three of a product of 64-bit integers."""
-    param, _, moment, _ = UPDATES[name]
+    param, _, moment, rule = UPDATES[name]
     elements = elements_per_thread(name) + 1  # whole vectors, and one by one
     for_average = 7 * elements
     # Of what moments alone need, the last round gives the lower half of its product: six, and a product of 32 bits.
@@ -283,8 +283,9 @@ def test_random_words_take_one_product_a_round(kernels: dict[str, Kernel], name:
     products, parts = sass_wide_products(kernels[name].sass)
     rounds = for_average + for_moments
     # The address of a chunk's row, and such, are a few more; the division of 8-bit moments' codebooks, and positions
-    # in them, another few.
-    assert rounds <= products <= rounds + (16 if moment == "8bit" else 4)
+    # in them, another few. Of SGD in float32, sm_80 and sm_90 have what goes one by one twice.
+    further = 16 if moment == "8bit" else 4 + 7 if rule == "sgdw" and param == moment == "float" else 4
+    assert rounds <= products <= rounds + further
     if moment != "8bit":
         # And an int8 remainder is multiplied up, for the weight and for the average.
         others = 2 * elements if BYTES[param] == 2 else elements if for_moments else 0
