@@ -23,7 +23,7 @@ import torch
 
 from adamw_kernels import FusedAdamW
 from adamw_kernels.packing import unpack_moments
-from adamw_kernels.state import moment_keys
+from adamw_kernels.rules import moment_keys
 from bench import record_trace, rows
 from bench.published_formats import PUBLISHED, PublishedFormat
 
@@ -134,7 +134,7 @@ class Adam:
             total = self.format.published.bytes_per_param
             return total, total - 2
         state = self.optimizer.state[self.param]
-        keys = moment_keys(self.format.moment_format, amsgrad=False)
+        keys = moment_keys(self.optimizer.param_groups[0], self.format.moment_format)
         moments = sum(state[key].nbytes for key in keys) / self.param.numel()
         groups = state["moment_groups"].nbytes / self.param.numel() if "moment_groups" in state else 0.0
         return moments + groups, groups
