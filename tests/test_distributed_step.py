@@ -6,16 +6,9 @@ unsharded: every rank must see the norm of the whole and take the decision of th
 """
 
 import contextlib
-import json
 import math
-import os
-import pathlib
-import subprocess
-import sys
-import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,6 +16,7 @@ import torch
 import torch.distributed as dist
 from conftest import Path
 from pairs import Gradients, assert_close, assert_same_bits, bits, copies, make_params, params_of
+from processes import Scenarios, gathered, whole
 from tolerances import tolerance
 
 import adamw_kernels
@@ -33,56 +27,13 @@ LIMIT_S = 60  # for all scenarios together; they take a few seconds
 
 HYPER: dict[str, Any] = dict(lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
 
-SCENARIOS: dict[str, Callable[[int], None]] = {}
-
-
-def scenario(function: Callable[[int], None]) -> Callable[[int], None]:
-    """Run it in two processes; it is given the rank."""
-    SCENARIOS[function.__name__] = function
-    return function
-
-
-# --- in each process --------------------------------------------------------------------------------------------------
-
-
-def run_scenarios(rank: int, directory: pathlib.Path) -> None:
-    """Run every scenario, and write what each raised to a file of this rank."""
-    torch.set_num_threads(1)
-    raised = {}
-    for name, function in SCENARIOS.items():
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{directory / name}",
-            rank=rank,
-            world_size=WORLD,
-            timeout=timedelta(seconds=LIMIT_S / 4),
-        )
-        try:
-            function(rank)
-            raised[name] = ""
-        except Exception:
-            raised[name] = traceback.format_exc()
-        finally:
-            dist.destroy_process_group()  # who waits for this rank learns that it will not come
-    (directory / f"rank-{rank}.json").write_text(json.dumps(raised))
-
-
-def gathered(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return every rank's tensor of this shape."""
-    parts = [torch.empty_like(tensor) for _ in range(WORLD)]
-    dist.all_gather(parts, tensor.contiguous())
-    return parts
+SCENARIOS = scenario = Scenarios(__file__, WORLD, LIMIT_S, scenario_limit_s=LIMIT_S / 4)
 
 
 def assert_same_everywhere(tensor: torch.Tensor, what: str) -> None:
     """All ranks have the same bits."""
     first, *others = gathered(tensor.detach())
     assert all(torch.equal(bits(first), bits(other)) for other in others), f"{what}: {[first, *others]}"
-
-
-def whole(tensor: Any) -> torch.Tensor:
-    """Return a DTensor's full tensor, any other as it is."""
-    return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
 
 
 def assert_agree(sharded: FusedAdamW, judge: FusedAdamW) -> None:
@@ -596,39 +547,7 @@ def distributed_checkpoint_with_averages(rank: int) -> None:
 # --- the tests --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def raised(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What each scenario raised on each rank; empty where it did not."""
-    directory = tmp_path_factory.mktemp("ranks")
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("ADAMW_KERNELS_")}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(directory)],
-            env={**inherited, "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        said = [rank.communicate(timeout=LIMIT_S)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    files = [directory / f"rank-{rank}.json" for rank in range(WORLD)]
-    assert all(file.exists() for file in files), "\n".join(said)
-    found = [json.loads(file.read_text()) for file in files]
-    return {name: [of_rank[name] for of_rank in found] for name in SCENARIOS}
-
-
-@pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_two_processes(raised: dict[str, list[str]], name: str) -> None:
-    """The scenario holds on both ranks; its docstring says what that is."""
-    errors = [f"rank {rank}:\n{text}" for rank, text in enumerate(raised[name]) if text]
-    if errors:
-        pytest.fail(f"{SCENARIOS[name].__doc__}\n" + "\n".join(errors))
+test_two_processes = SCENARIOS.test()
 
 
 @pytest.fixture
@@ -667,6 +586,4 @@ def test_reducing_in_between_changes_no_bit(path: Path, alone: Any) -> None:
 
 
 if __name__ == "__main__":
-    run_scenarios(int(sys.argv[1]), pathlib.Path(sys.argv[2]))
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads now and then abort a process that ends by itself (torch 2.13, without us too)
+    SCENARIOS.main()
