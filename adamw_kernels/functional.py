@@ -20,9 +20,10 @@ from adamw_kernels.tensor_watch import EMPTY_GRADIENT, same_layout
 
 def local_view(tensor: torch.Tensor) -> torch.Tensor:
     """The real, local memory behind a tensor: a DTensor's own shard, a complex tensor as pairs of reals."""
-    if hasattr(tensor, "_local_tensor"):
-        shard: Any = tensor  # a DTensor
-        tensor = shard.to_local()
+    shard: Any = getattr(tensor, "_local_tensor", None)
+    if shard is not None:
+        # A collective may still be under way in it.
+        tensor = shard.wait() if hasattr(shard, "trigger_wait") else shard
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 

@@ -247,28 +247,32 @@ class Stepper:
 
     @torch.no_grad()
     def _read_odd(self, odd: list[int]) -> list[torch.Tensor] | None:
-        """Write the gradients' addresses that the watch could not; the tensors must outlive the launch."""
+        """Write the gradients' addresses that the watch could not; the tensors must outlive the launch.
+
+        Everything is compared before the first gradient is redistributed: that is a collective, and a process that did
+        it twice, because it found its plan out of date in between, would leave the others waiting.
+        """
         assert self.plan is not None
         params = [p for group in self.lists for p in group["params"]]
-        kept: list[torch.Tensor] = []
-        for position in odd:
-            has_grad = position >= 0
-            p = params[position if has_grad else -1 - position]
-            member = self.members[id(p)]
-            address = 0
-            if has_grad:
-                with torch._C.DisableTorchFunctionSubclass():
-                    local, grad = local_view(p), _local_grad(p)
-                    if (local.dtype, grad.dtype) != (member.param_dtype, member.grad_dtype):
-                        return None
-                    if _addresses(local, self.state[p]) != member.addresses or grad.layout != torch.strided:
-                        return None
-                    if grad.shape != local.shape or grad.device != local.device:
-                        return None
-                    grad = dense_grad(local, grad)
-                kept.append(grad)
-                address = grad_address(grad)
-            self.plan.write_grad(member.row, address)
+        read: list[tuple[Member, torch.Tensor, torch.Tensor]] = []
+        with torch._C.DisableTorchFunctionSubclass():
+            for position in odd:
+                p = params[position if position >= 0 else -1 - position]
+                member = self.members[id(p)]
+                if position < 0:  # has none
+                    self.plan.write_grad(member.row, 0)
+                    continue
+                local, grad = local_view(p), _local_grad(member.name, p)
+                if (local.dtype, grad.dtype) != (member.param_dtype, member.grad_dtype):
+                    return None
+                if _addresses(local, self.state[p]) != member.addresses or grad.layout != torch.strided:
+                    return None
+                if grad.shape != local.shape or grad.device != local.device:
+                    return None
+                read.append((member, p, local))
+            kept = [dense_grad(local, _redistributed_grad(member.name, p)) for member, p, local in read]
+        for (member, _, _), grad in zip(read, kept, strict=True):
+            self.plan.write_grad(member.row, grad_address(grad))
         return kept
 
     # --- building the plan ------------------------------------------------------------------------------------------
@@ -311,8 +315,7 @@ class Stepper:
             slots, dtypes = [], []
             for p in (p for group in self.lists for p in group["params"]):
                 member = members.get(id(p))
-                plain = member is not None and not p.is_complex() and not hasattr(p, "_local_tensor")
-                slots.append(NO_ROW if member is None else plan.slots[member.row] if plain else ALWAYS_ODD)
+                slots.append(NO_ROW if member is None else ALWAYS_ODD if p.is_complex() else plan.slots[member.row])
                 dtypes.append(0 if member is None else DLPACK_DTYPES[member.grad_dtype])
             self.watch = watch_tensors(self.lists, self.state, slots, dtypes)
         if self.control is not None:
@@ -342,8 +345,9 @@ class Stepper:
         for name, group, p, _ in candidates.values():  # first all checks, then the first change
             if p.grad is not None:
                 local = local_param(name, p)
-                check_grad(name, local, _local_grad(p))
-                stepped.append((name, local, _local_grad(p)))
+                grad = _local_grad(name, p)
+                check_grad(name, local, grad)
+                stepped.append((name, local, grad))
                 check_adoptable(name, p, local, self.state.get(p, {}), rule_of(self.groups[group]))
                 check_formats(name, p, self.groups[group])
         check_params_overlap(stepped)
@@ -369,7 +373,7 @@ class Stepper:
                 name, len(specs), spec.param.dtype, spec.grad_dtype, _addresses(spec.param, self.state[p])
             )
             specs.append(spec)
-            grads.append(spec.param if p.grad is None else _local_grad(p))
+            grads.append(spec.param if p.grad is None else _local_grad(name, p))
         return specs, grads, members
 
     def _spec(self, name: str, group: int, p: torch.Tensor, position: int) -> TensorSpec:
@@ -390,7 +394,7 @@ class Stepper:
         return TensorSpec(
             name=name,
             param=local,
-            grad_dtype=local.dtype if p.grad is None else _local_grad(p).dtype,
+            grad_dtype=local.dtype if p.grad is None else _local_grad(name, p).dtype,
             exp_avg=first,
             exp_avg_sq=second,
             max_exp_avg_sq=maximum[0] if maximum else None,
@@ -481,11 +485,50 @@ def _addresses(local: torch.Tensor, state: dict[str, Any]) -> dict[str, int]:
     return {"param": local.data_ptr()} | {key: value.data_ptr() for key, value in local_state(state).items()}
 
 
-def _local_grad(p: torch.Tensor) -> torch.Tensor:
-    """The local, real memory of a parameter's gradient, placed as the parameter is."""
+def _is_misplaced(name: str, p: torch.Tensor) -> bool:
+    """Whether a DTensor's gradient lies in other placements than the parameter, and must be redistributed.
+
+    Raises:
+        ValueError: it lies on another mesh, or only one of them is a DTensor.
+    """
+    grad: Any = p.grad
+    placements, of_grad = getattr(p, "placements", None), getattr(grad, "placements", None)
+    if (placements is None) != (of_grad is None):
+        kinds = [f"a {type(t).__name__}" if hasattr(t, "placements") else "a plain tensor" for t in (grad, p)]
+        raise ValueError(
+            f"the gradient of {name} is {kinds[0]}, the parameter {kinds[1]}; expected both as DTensors on one mesh, or "
+            "neither. Distribute the gradient as the parameter is."
+        )
+    mesh = getattr(p, "device_mesh", None)
+    if placements is not None and grad.device_mesh != mesh:
+        raise ValueError(
+            f"the gradient of {name} lies on {grad.device_mesh}, the parameter on {mesh}; expected the same mesh. "
+            "If the model was moved to another mesh, drop the gradients of before (zero_grad())."
+        )
+    return bool(of_grad != placements)
+
+
+def _local_grad(name: str, p: torch.Tensor) -> torch.Tensor:
+    """The local, real memory of a parameter's gradient; communicates nothing.
+
+    In place of one that must be redistributed, something of the same dtype, device and local shape; like a gradient in
+    another memory layout, it will be read from a copy.
+
+    Raises:
+        ValueError: as `_is_misplaced`.
+    """
     grad = p.grad
     assert grad is not None
-    placements = getattr(p, "placements", None)
-    if placements is not None and getattr(grad, "placements", placements) != placements:
-        grad = grad.redistribute(p.device_mesh, placements)  # type: ignore[attr-defined]
+    if not _is_misplaced(name, p):
+        return local_grad(grad)
+    local = local_view(p)
+    return local_grad(torch.empty((), dtype=grad.dtype, device=grad.device)).expand(local.shape)
+
+
+def _redistributed_grad(name: str, p: torch.Tensor) -> torch.Tensor:
+    """The local, real memory of a parameter's gradient, placed as the parameter is: a collective where it was not."""
+    grad: Any = p.grad
+    if _is_misplaced(name, p):
+        placed: Any = p
+        grad = grad.redistribute(placed.device_mesh, placed.placements)
     return local_grad(grad)

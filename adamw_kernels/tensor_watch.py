@@ -50,8 +50,8 @@ class TensorWatch(Protocol):
 
         Returns:
             (params, grads, odd): the parameters that have a gradient, those gradients, and the positions, counted
-            over all parameters, of what must be looked at: a gradient in another layout or of another type, any
-            gradient of a parameter whose slot is ALWAYS_ODD (or -1 - position, where it has none).
+            over all parameters, of what must be looked at: a gradient in another layout or sharding or of another
+            type, any gradient of a parameter whose slot is ALWAYS_ODD (or -1 - position, where it has none).
         """
 
 
@@ -94,18 +94,31 @@ class _Seen:
         self.ref = weakref.ref(tensor)
         self.readable = readable
         if readable:
-            self.data = tensor.data_ptr()
+            self.data = _local(tensor).data_ptr()
             self.dtype = tensor.dtype
 
     def unchanged(self, tensor: object) -> bool:
         if self.ref() is not tensor or not isinstance(tensor, torch.Tensor):
             return False
-        return not self.readable or (tensor.data_ptr() == self.data and tensor.dtype == self.dtype)
+        return not self.readable or (_local(tensor).data_ptr() == self.data and tensor.dtype == self.dtype)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or a DTensor's own shard."""
+    local: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local
 
 
 def _memory(param: torch.Tensor) -> tuple[Any, ...]:
     """What a launch table relies on of a parameter."""
-    return param.data_ptr(), param.dtype, param.shape, param.stride(), param.device
+    local = _local(param)
+    return local.data_ptr(), local.dtype, local.shape, local.stride(), local.device, _sharding(param)
+
+
+def _sharding(tensor: torch.Tensor) -> Any:
+    """Mesh and placements of a DTensor; None for any other tensor."""
+    spec = getattr(tensor, "_spec", None)
+    return None if spec is None else (spec.mesh, spec.placements)
 
 
 class PythonTensorWatch:
@@ -174,16 +187,16 @@ class PythonTensorWatch:
             if isinstance(slot, ctypes.c_int64):
                 if _memory(p) != self._memory[i]:
                     return None
-                if type(grad) is not torch.Tensor:
+                local, local_grad = _local(p), _local(grad)
+                if type(local_grad) is not torch.Tensor or _sharding(grad) != _sharding(p):
                     odd.append(i)
                 else:
-                    if grad.layout != torch.strided or (grad.dtype, grad.device) != (self._grad_dtypes[i], p.device):
+                    kind = local_grad.dtype, local_grad.device, local_grad.shape
+                    if local_grad.layout != torch.strided or kind != (self._grad_dtypes[i], local.device, local.shape):
                         return None
-                    if grad.shape != p.shape:
-                        return None
-                    if not same_layout(grad, p) or grad.is_neg():
+                    if not same_layout(local_grad, local) or local_grad.is_neg():
                         odd.append(i)
-                    slot.value = grad.data_ptr() if grad.numel() else EMPTY_GRADIENT
+                    slot.value = local_grad.data_ptr() if local_grad.numel() else EMPTY_GRADIENT
             else:
                 odd.append(i)
             params.append(p)

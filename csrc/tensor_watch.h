@@ -22,7 +22,7 @@ namespace adamw_kernels {
 class TensorWatch {
  public:
   // `slots[i]`: where the address of parameter i's gradient goes; 0: the parameter has no row in any table;
-  // -1: it has one, but Python reads it (complex, DTensor: what DLPack does not describe).
+  // -1: it has one, but Python reads it (complex: what DLPack does not describe as the kernels read it).
   // `grad_dtypes[i]`: the DLPack dtype (code | bits << 8) that the table expects of its gradient.
   // Throws std::invalid_argument when a tensor cannot be read.
   TensorWatch(PyObject* exchange_capsule, PyObject* tensor_type, PyObject* param_groups, PyObject* state,
@@ -33,7 +33,7 @@ class TensorWatch {
 
   // Writes every slot: the gradient's address, or 0 where there is none. Returns None if anything but the
   // gradients' addresses changed, else (params, grads, odd): the parameters with a gradient, those gradients,
-  // and the positions within these lists that Python must look at (another layout, slot -1). New reference;
+  // and the positions within these lists that Python must look at (another layout or sharding, slot -1). New reference;
   // nullptr with a Python error set on failure.
   PyObject* sweep(PyObject* param_groups, PyObject* state);
 
@@ -48,7 +48,9 @@ class TensorWatch {
     int32_t ndim = 0;
     uint32_t dtype = 0;
     uint32_t grad_dtype = 0;
-    bool plain_grad = false;  // its type reads .grad as torch.Tensor does
+    bool plain_grad = false;      // its type reads .grad as torch.Tensor does
+    PyObject* spec = nullptr;      // owned: how a DTensor is sharded; nullptr for any other tensor
+    PyObject* grad_spec = nullptr;  // owned: how its last gradient was, which is the same sharding
     dlpack::Device device = {};
   };
   struct StateItem {              // one tensor of a parameter's state
@@ -56,7 +58,7 @@ class TensorWatch {
     PyObject* object = nullptr;   // borrowed, a hint like the next
     const void* hint = nullptr;   // see prefetch()
     PyObject* weakref = nullptr;  // owned
-    void* data = nullptr;         // nullptr where only the tensor's identity counts (DTensor, complex, empty)
+    void* data = nullptr;         // nullptr where only the tensor's identity counts (complex, empty)
   };
   struct StateEntry {
     PyObject* key = nullptr;  // borrowed, compared only
@@ -70,8 +72,10 @@ class TensorWatch {
   void release();
   bool read(PyObject* tensor, dlpack::Tensor* out) const;
   void* data_of(PyObject* tensor) const;
+  PyObject* local_of(PyObject* tensor) const;
   PyObject* grad_of(const Param& param, PyObject* object) const;
-  bool params_unchanged(PyObject* param_groups, PyObject* params, PyObject* grads, PyObject* odd) const;
+  bool is_sharded_alike(Param* param, PyObject* grad) const;
+  bool params_unchanged(PyObject* param_groups, PyObject* params, PyObject* grads, PyObject* odd);
   bool state_unchanged(PyObject* state) const;
 
   const dlpack::ExchangeApi* api_ = nullptr;
@@ -87,6 +91,10 @@ class TensorWatch {
   PyObject* str_grad_;
   PyObject* str_params_;
   PyObject* str_is_neg_;
+  PyObject* str_local_tensor_;
+  PyObject* str_spec_;
+  PyObject* str_mesh_;
+  PyObject* str_placements_;
 };
 
 }  // namespace adamw_kernels
