@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,10 +19,13 @@ from adamw_kernels.tensor_watch import EMPTY_GRADIENT, same_layout
 # --- what a tensor may be -------------------------------------------------------------------------------------------
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
 def local_view(tensor: torch.Tensor) -> torch.Tensor:
     """The real, local memory behind a tensor: a DTensor's own shard, a complex tensor as pairs of reals."""
-    shard: Any = getattr(tensor, "_local_tensor", None)
-    if shard is not None:
+    if type(tensor) not in _PLAIN:
+        shard: Any = getattr(tensor, "_local_tensor", tensor)
         # A collective may still be under way in it.
         tensor = shard.wait() if hasattr(shard, "trigger_wait") else shard
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
@@ -244,13 +248,12 @@ class _Ranges:
     """Memory that a step touches, by device: (begin, end, whose, whether it is written)."""
 
     def __init__(self) -> None:
-        self._by_device: dict[torch.device, list[tuple[int, int, str, bool]]] = {}
+        self._by_device: defaultdict[torch.device, list[tuple[int, int, str, bool]]] = defaultdict(list)
 
     def add(self, what: str, tensor: torch.Tensor, *, written: bool) -> None:
-        start = tensor.data_ptr()
-        if tensor.numel():
-            end = start + tensor.numel() * tensor.dtype.itemsize
-            self._by_device.setdefault(tensor.device, []).append((start, end, what, written))
+        start, size = tensor.data_ptr(), tensor.nbytes
+        if size:
+            self._by_device[tensor.device].append((start, start + size, what, written))
 
     def add_param(self, name: str, param: torch.Tensor, grad: torch.Tensor) -> None:
         self.add(name, param, written=True)

@@ -98,9 +98,9 @@ def _new_groups(p: torch.Tensor) -> torch.Tensor:
     return groups
 
 
-def state_dtypes(p: torch.Tensor, options: dict[str, Any]) -> dict[str, torch.dtype]:
+def state_dtypes(local: torch.Tensor, formats: Formats, options: dict[str, Any]) -> dict[str, torch.dtype]:
     """Names and dtypes, of the local real memory, of everything that a stepped parameter's state holds."""
-    formats, compute = formats_of(p, options), compute_dtype(local_view(p).dtype)
+    compute = compute_dtype(local.dtype)
     wide = torch.bfloat16 if formats.moments == "bfloat16" else compute
     dtypes = {"step": torch.float32} | dict.fromkeys(moment_keys(options, formats.moments), wide)
     if formats.moments == "8bit":
@@ -113,7 +113,9 @@ def state_dtypes(p: torch.Tensor, options: dict[str, Any]) -> dict[str, torch.dt
 
 def local_state(state: dict[str, Any]) -> dict[str, Any]:
     """The same state with every tensor as its local, real memory; the user's own entries left out."""
-    return {key: local_view(state[key]) for key in STATE_KEYS if isinstance(state.get(key), torch.Tensor)}
+    return {
+        key: local_view(value) for key, value in state.items() if key in STATE_KEYS and isinstance(value, torch.Tensor)
+    }
 
 
 def moment_format_in(state: dict[str, Any]) -> str | None:

@@ -358,13 +358,14 @@ class Stepper:
         grads: list[torch.Tensor] = []
         members: dict[int, Member] = {}
         steps_seen: set[int] = set()
+        options = [FURTHER_OPTIONS | group for group in self.groups]
+        traits = [_traits(of_group) for of_group in options]
         for name, group, p, position in candidates.values():
-            options = FURTHER_OPTIONS | self.groups[group]
             self.forget_recast(name, p)
             if p.grad is not None:
-                complete_state(name, p, self.state[p], options, steps_seen)
+                complete_state(name, p, self.state[p], options[group], steps_seen)
             try:
-                spec = self._spec(name, group, p, position)
+                spec = self._spec(name, group, p, position, options[group], traits[group])
             except (AttributeError, KeyError, TypeError, ValueError):
                 if p.grad is not None:
                     raise
@@ -376,18 +377,25 @@ class Stepper:
             grads.append(spec.param if p.grad is None else _local_grad(name, p))
         return specs, grads, members
 
-    def _spec(self, name: str, group: int, p: torch.Tensor, position: int) -> TensorSpec:
-        options = FURTHER_OPTIONS | self.groups[group]
+    def _spec(
+        self,
+        name: str,
+        group: int,
+        p: torch.Tensor,
+        position: int,
+        options: dict[str, Any],
+        traits: dict[str, Any],
+    ) -> TensorSpec:
         state, local = self.state[p], local_param(name, p)
         formats = formats_of(p, options)
         views: dict[str, torch.Tensor] = {}
-        for key, dtype in state_dtypes(p, options).items():
+        for key, dtype in state_dtypes(local, formats, options).items():
             views[key] = local_view(state[key])
             check_state(name, key, local, views[key], dtype)
         if not formats.covers(state):
             raise TypeError(f"the state of {name} has another format")  # to be converted when it is stepped
         moments = [views[key] for key in moment_keys(options, formats.moments)]
-        first, second, *maximum = moments if rule_of(options) == "adamw" else (*moments, None, None)[:2]
+        first, second, *maximum = moments if traits["rule"] == "adamw" else (*moments, None, None)[:2]
         bound = options["update_bound"]
         if bound == "auto":
             bound = math.inf if formats.moments == "float32" else -1.0
@@ -400,18 +408,8 @@ class Stepper:
             max_exp_avg_sq=maximum[0] if maximum else None,
             step=views["step"],
             hyper=group,
-            rule=rule_of(options),
-            nesterov=bool(options.get("nesterov")),
-            lr_in_momentum=bool(options["lr_in_momentum"]),
-            schedule_decay=options["decay_coupling"] == "schedule",
             amsgrad=bool(maximum),
-            maximize=bool(options["maximize"]),
-            decoupled=bool(options["decoupled_weight_decay"]),
-            cautious=bool(options["cautious"]),
-            cautious_decay=bool(options["cautious_weight_decay"]),
-            clip=options["max_grad_norm"] is not None,
             ema=views.get("param_ema"),
-            ema_warmup=options["ema_decay"] is not None and bool(options["ema_warmup"]),
             domain=self._domain(group, p),
             random_stream=random_stream(self.options.seed, position),
             param_format=formats.param,
@@ -421,6 +419,7 @@ class Stepper:
             scale=views.get("exp_avg_sq_scale"),
             first_element=first_element(p, self.options.process_group),
             update_bound=math.inf if bound is None else float(bound),
+            **traits,
         )
 
     def _domain(self, group: int, p: torch.Tensor) -> NormDomain:
@@ -455,7 +454,23 @@ class Stepper:
         return domains
 
 
-# --- names -------------------------------------------------------------------------------------------------
+# --- groups and names --------------------------------------------------------------------------------------
+
+
+def _traits(options: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `TensorSpec` that a group's options settle for all its parameters."""
+    return dict(
+        rule=rule_of(options),
+        nesterov=bool(options.get("nesterov")),
+        lr_in_momentum=bool(options["lr_in_momentum"]),
+        schedule_decay=options["decay_coupling"] == "schedule",
+        maximize=bool(options["maximize"]),
+        decoupled=bool(options["decoupled_weight_decay"]),
+        cautious=bool(options["cautious"]),
+        cautious_decay=bool(options["cautious_weight_decay"]),
+        clip=options["max_grad_norm"] is not None,
+        ema_warmup=options["ema_decay"] is not None and bool(options["ema_warmup"]),
+    )
 
 
 def _is_extended(group: dict[str, Any]) -> bool:
@@ -496,7 +511,7 @@ def _is_misplaced(name: str, p: torch.Tensor) -> bool:
     if (placements is None) != (of_grad is None):
         kinds = [f"a {type(t).__name__}" if hasattr(t, "placements") else "a plain tensor" for t in (grad, p)]
         raise ValueError(
-            f"the gradient of {name} is {kinds[0]}, the parameter {kinds[1]}; expected both as DTensors on one mesh, or "
+            f"the gradient of {name} is {kinds[0]}, the parameter {kinds[1]}; expected both as DTensors on one mesh or "
             "neither. Distribute the gradient as the parameter is."
         )
     mesh = getattr(p, "device_mesh", None)

@@ -80,11 +80,12 @@ def watch_tensors(
 
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Same shape, and the same strides in every dimension that has more than one element."""
-    if a.shape != b.shape:
+    shape, strides, others = a.shape, a.stride(), b.stride()
+    if shape != b.shape:
         return False
-    return a.numel() == 0 or all(
-        x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True) if size != 1
-    )
+    if strides == others:
+        return True
+    return a.numel() == 0 or all(x == y for size, x, y in zip(shape, strides, others, strict=True) if size != 1)
 
 
 class _Seen:
