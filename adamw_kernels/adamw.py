@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from adamw_kernels.optimizer import FusedOptimizer, ParamsT
+from adamw_kernels.optimizer import FusedOptimizer, ParamCopyT, ParamsT
 
 
 class FusedAdamW(FusedOptimizer):
@@ -73,6 +73,11 @@ class FusedAdamW(FusedOptimizer):
         update_bound: :math:`|\hat m|/\sqrt{\hat v}` at most. "auto": where moments are rounded, the limit that exact
             ones cannot exceed under the present betas (7.27 in the long run for the default ones); None: no limit.
         process_group: over which plain tensors are shards, for norms and skips; DTensors know by themselves.
+        param_copy: where steps also write the weights, rounded to nearest even: bfloat16 or float16 CPU tensors of
+            their parameters' shape and layout, by parameter, or one a parameter in order (None where there is none);
+            also an entry of a group. For float32 weights on a CPU whose model computes elsewhere. Filled at once;
+            written by every step that writes the weight; see `write_param_copies`. In no state dict, and backend "cpu"
+            only.
         seed: of the random bits of stochastic rounding, which depend on it, the parameter's position, its step count
             and the element's index alone. An int (modulo 2^64). Part of `state_dict()`, but not of a flattened
             distributed checkpoint, beside which the constructor must name it again.
@@ -118,6 +123,7 @@ class FusedAdamW(FusedOptimizer):
         moment_format: str = "float32",
         update_bound: float | str | None = "auto",
         process_group: Any = None,
+        param_copy: ParamCopyT = None,
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
@@ -155,6 +161,7 @@ class FusedAdamW(FusedOptimizer):
             skip_nonfinite=skip_nonfinite,
             max_skip_norm=max_skip_norm,
             process_group=process_group,
+            param_copy=param_copy,
             seed=seed,
             backend=backend,
         )

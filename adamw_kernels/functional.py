@@ -225,6 +225,7 @@ def check_overlap(specs: Sequence[TensorSpec], grads: Sequence[torch.Tensor]) ->
             "param_remainder": spec.remainder,
             "moment_groups": spec.groups,
             "exp_avg_sq_scale": spec.scale,
+            "param_copy": spec.copy,
         }
         for key, tensor in state.items():
             if tensor is not None:

@@ -63,7 +63,7 @@ LAYOUT: dict[str, Any] = {
     "tensor_row_bytes": 8 * WORDS_PER_ROW,
     "hyper_row_bytes": 8 * WORDS_PER_HYPER_ROW,
     "coefficient_row_bytes": COEFFICIENT_ROW_BYTES,
-    "launch_table_bytes": 128,
+    "launch_table_bytes": 136,
     "amsgrad": AMSGRAD,
     "maximize": MAXIMIZE,
     "l2": L2,
@@ -148,6 +148,7 @@ class TensorSpec:
     scale: torch.Tensor | None = None
     first_element: int = 0
     update_bound: float = math.inf  # times lr; negative: what exact moments cannot exceed
+    copy: torch.Tensor | None = None  # where the weights are also written, on a CPU
 
     def flags(self) -> int:
         """The word TensorRow::flags."""
@@ -343,6 +344,13 @@ class LaunchTable:
                 )
             )
         self._row_words = words
+        # ParamCopy of each tensor: address, dtype.
+        self._copy_words = array("q")
+        if any(spec.copy is not None for spec in specs):
+            for spec in specs:
+                self._copy_words.extend(
+                    (0, 0) if spec.copy is None else (spec.copy.data_ptr(), DTYPE_CODES[spec.copy.dtype])
+                )
 
         numels = words[ROW_NUMEL::WORDS_PER_ROW]
         chunk_words, ends = cut_into_chunks(numels, chunk_size)
@@ -401,6 +409,7 @@ class LaunchTable:
                 self.domains.data_ptr(),
                 self.num_domains,
                 self.totals.data_ptr(),
+                self._copy_words.buffer_info()[0] if self._copy_words else 0,
             ],
         )
         self._batch_words = array("q")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,7 @@ class Loading:
         for group, options in zip(self._opt.param_groups, self._kept, strict=True):
             group.update(options)
             seed = int(group.pop("seed", internals.options.seed))
-            internals.options = internals.options._replace(seed=seed)
+            internals.options = dataclasses.replace(internals.options, seed=seed)
         for p, entry in self._opt.state.items():
             if not isinstance(entry, dict):
                 continue

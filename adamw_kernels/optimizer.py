@@ -17,6 +17,7 @@ from adamw_kernels.control import StepControl, Verdict
 from adamw_kernels.functional import is_capturing
 from adamw_kernels.loading import Loading
 from adamw_kernels.options import FURTHER_OPTIONS, WHOLE_OPTIONS, check_options, check_seed, check_skip_norm
+from adamw_kernels.param_copies import ParamCopies
 from adamw_kernels.state import Formats, check_formats
 from adamw_kernels.stepper import Options, Stepper, param_name
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from adamw_kernels.gradient_release import GradientRelease
     from adamw_kernels.launch_table import LaunchPlan
 
+ParamCopyT: TypeAlias = Mapping[torch.Tensor, torch.Tensor] | Sequence[torch.Tensor | None] | None
 ParamsT: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 
 
@@ -74,6 +76,7 @@ class FusedOptimizer(Optimizer):
         skip_nonfinite: bool,
         max_skip_norm: float | torch.Tensor | None,
         process_group: Any,
+        param_copy: ParamCopyT,
         seed: int,
         backend: str,
     ) -> None:
@@ -87,6 +90,7 @@ class FusedOptimizer(Optimizer):
             skip_nonfinite: a guard.
             max_skip_norm: another.
             process_group: over which plain tensors are shards.
+            param_copy: where weights are also written, for all groups.
             seed: of random bits.
             backend: by name.
         """
@@ -99,7 +103,7 @@ class FusedOptimizer(Optimizer):
                 f"{name}: process_group is {process_group!r}; expected a torch.distributed.ProcessGroup or None"
             )
         self._internals = _Internals(
-            Options(backend, bool(clip_per_group), process_group, int(seed)),
+            Options(backend, bool(clip_per_group), process_group, int(seed), ParamCopies()),
             {"skip_nonfinite": bool(skip_nonfinite), "max_skip_norm": max_skip_norm},
         )
         # Beyond torch's options only those in use: without them, groups look like torch's to whatever compares keys
@@ -112,6 +116,10 @@ class FusedOptimizer(Optimizer):
         check_options(defaults, name)
         super().__init__(params, defaults)
         self._internals.constructed = True
+        if param_copy is not None:
+            self._add_copies(
+                [p for group in self.param_groups for p in group["params"]], param_copy, f"{name}: param_copy"
+            )
         if options["fused"]:
             self._step_supports_amp_scaling = True
         if clip_per_group and not self._any_group_has("max_grad_norm"):
@@ -150,6 +158,7 @@ class FusedOptimizer(Optimizer):
                 f"{where}: {key}={param_group[key]!r} in a group; it is an option of the whole optimizer, expected in "
                 "the constructor"
             )
+        copies = param_group.pop("param_copy", None)
         super().add_param_group(param_group)
         if options.get("decay_coupling") == "schedule":  # torch's schedules keep what is there
             lr = param_group["lr"]
@@ -157,10 +166,27 @@ class FusedOptimizer(Optimizer):
         try:
             for index, p in enumerate(param_group["params"]):
                 check_formats(param_name(param_group, len(self.param_groups) - 1, index), p, param_group)
+            if copies is not None:
+                self._add_copies(param_group["params"], copies, f"{where}: param_copy")
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
         self._warn_of_native_weights(param_group)
+
+    def _add_copies(self, params: list[torch.Tensor], copies: Any, where: str) -> None:
+        options = self._internals.options
+        for device in {p.device for p in params}:
+            backend = backends.choose(device, options.backend).name
+            if backend != "cpu":
+                raise ValueError(
+                    f"{where}: the backend is {backend!r} for tensors on {device}; expected 'cpu', which alone writes "
+                    "copies"
+                )
+        options.copies.add(params, copies, where)
+
+    def write_param_copies(self) -> None:
+        """Write every `param_copy` anew, after weights were changed other than by a step (loaded, say)."""
+        self._internals.options.copies.write()
 
     def _warn_of_native_weights(self, group: dict[str, Any]) -> None:
         narrow = [p.dtype for p in group["params"] if p.dtype in (torch.bfloat16, torch.float16)]

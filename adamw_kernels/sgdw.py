@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from adamw_kernels.optimizer import FusedOptimizer, ParamsT
+from adamw_kernels.optimizer import FusedOptimizer, ParamCopyT, ParamsT
 
 
 class FusedSGDW(FusedOptimizer):
@@ -55,7 +55,7 @@ class FusedSGDW(FusedOptimizer):
             reaches the steps only as the buffer forgets. Under a constant lr both are the same. Buffers of the one are
             no buffers of the other, nor of torch's: neither loads into the other.
         max_grad_norm, clip_per_group, skip_nonfinite, max_skip_norm: as :class:`FusedAdamW`.
-        ema_decay, ema_warmup, ema_format, param_format, process_group, seed, backend: likewise.
+        ema_decay, ema_warmup, ema_format, param_format, process_group, param_copy, seed, backend: likewise.
         moment_format: of the momentum buffer: "float32" (float64 for float64 parameters) or "bfloat16".
 
     lr, momentum, dampening, weight_decay, nesterov, max_grad_norm, ema_decay, ema_warmup, ema_format, param_format,
@@ -98,6 +98,7 @@ class FusedSGDW(FusedOptimizer):
         param_format: str = "auto",
         moment_format: str = "float32",
         process_group: Any = None,
+        param_copy: ParamCopyT = None,
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
@@ -132,6 +133,7 @@ class FusedSGDW(FusedOptimizer):
             skip_nonfinite=skip_nonfinite,
             max_skip_norm=max_skip_norm,
             process_group=process_group,
+            param_copy=param_copy,
             seed=seed,
             backend=backend,
         )

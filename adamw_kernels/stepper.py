@@ -5,6 +5,7 @@ A `Stepper` steps the parameters it is shown: all of an optimizer's, or a single
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from adamw_kernels.functional import (
 from adamw_kernels.hyperparameters import check_hyperparameters
 from adamw_kernels.launch_table import LaunchPlan, TensorSpec
 from adamw_kernels.options import FURTHER_OPTIONS, check_8bit_betas
+from adamw_kernels.param_copies import ParamCopies
 from adamw_kernels.rules import group_hyperparameters, moment_keys, read_groups, rule_of
 from adamw_kernels.sharding import first_element, shard_groups
 from adamw_kernels.state import (
@@ -53,7 +55,8 @@ class Member(NamedTuple):
     addresses: dict[str, int]
 
 
-class Options(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Options:
     """What concerns an optimizer as a whole.
 
     Attributes:
@@ -61,16 +64,18 @@ class Options(NamedTuple):
         clip_per_group: every group has a gradient norm of its own.
         process_group: over which parameters other than DTensors are sharded, or None.
         seed: of the random bits of stochastic rounding.
+        copies: of the weights in 16 bits.
     """
 
     backend: str = "auto"
     clip_per_group: bool = False
     process_group: Any = None
     seed: int = 0
+    copies: ParamCopies = dataclasses.field(default_factory=ParamCopies)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Options:
-        """Itself: nothing in it changes, and a process group cannot be copied."""
-        return self
+        """The same (a process group cannot be copied) without copies of the weights, which are of other parameters."""
+        return dataclasses.replace(self, copies=ParamCopies())
 
 
 class Stepper:
@@ -115,6 +120,7 @@ class Stepper:
         self.members: dict[int, Member] = {}
         self._captured: LaunchPlan | None = None  # that of the last graph
         self._flat_shards = False
+        self._copies: list[int] = []  # addresses of the options' copies then
         self._structure: list[Any] | None = None
         self._sizes: list[int] = []  # of the groups' dicts when the plan was built
         self._extended: list[bool] = []  # groups that had any of FURTHER_OPTIONS then
@@ -219,6 +225,8 @@ class Stepper:
         """Bring the plan up to date, or return None where it must be built anew."""
         if self.plan is None or self.watch is None or not self._refresh_hyperparameters():
             return None
+        if self.options.copies and self.options.copies.addresses() != self._copies:
+            return None
         with torch._C.DisableTorchFunctionSubclass():
             found = self.watch.sweep(self.lists, self.state)
         if found is None:
@@ -318,6 +326,7 @@ class Stepper:
                 slots.append(NO_ROW if member is None else ALWAYS_ODD if p.is_complex() else plan.slots[member.row])
                 dtypes.append(0 if member is None else DLPACK_DTYPES[member.grad_dtype])
             self.watch = watch_tensors(self.lists, self.state, slots, dtypes)
+            self._copies = self.options.copies.addresses()
         if self.control is not None:
             self.control.keep_only([table.device for table in plan.tables])
         self.plan = plan
@@ -419,6 +428,7 @@ class Stepper:
             scale=views.get("exp_avg_sq_scale"),
             first_element=first_element(p, self.options.process_group),
             update_bound=math.inf if bound is None else float(bound),
+            copy=self.options.copies.of(name, p),
             **traits,
         )
 

@@ -117,8 +117,28 @@ constexpr UpdateChunk kAverageChunk[kDtypes][2] = {
     {average_chunk<double>, nullptr},
 };
 
-// Elements of an update after which their averages follow: the weights are read again from the first-level cache.
+// Elements of an update after which their averages and copies follow: the weights are read again from the first-level
+// cache.
 constexpr int64_t kAverageTile = 1 << 10;
+
+// --- copies of the weights in 16 bits ------------------------------------------------------------------
+
+template <typename P, typename C>
+void copy_weights(int64_t from, int64_t to, int64_t begin, int64_t end) {
+  const P* p = reinterpret_cast<const P*>(from);
+  C* copy = reinterpret_cast<C*>(to);
+  ADAMW_VECTORIZE
+  for (int64_t i = begin; i < end; ++i) store(copy + i, load<float>(p + i));
+}
+
+using CopyWeights = void (*)(int64_t, int64_t, int64_t, int64_t);
+
+// [parameter dtype][copy dtype], in the order of DtypeCode.
+constexpr CopyWeights kCopyWeights[kF64][kF64] = {
+    {nullptr, copy_weights<float, bf16>, copy_weights<float, fp16>},
+    {nullptr, copy_weights<bf16, bf16>, copy_weights<bf16, fp16>},
+    {nullptr, copy_weights<fp16, bf16>, copy_weights<fp16, fp16>},
+};
 
 // --- sums of squares -------------------------------------------------------------------------------------
 
@@ -259,6 +279,7 @@ void update(const void* table_address, int64_t begin, int64_t end) {
   const auto* rows = reinterpret_cast<const TensorRow*>(table.rows);
   const auto* grads = reinterpret_cast<const int64_t*>(table.grads);
   const auto* chunks = reinterpret_cast<const int64_t*>(table.chunks);
+  const auto* copies = reinterpret_cast<const ParamCopy*>(table.copies);
   if (reinterpret_cast<const Decision*>(table.decision)->skip) return;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t tensor = chunks[i] >> kChunkTensorShift;
@@ -267,23 +288,28 @@ void update(const void* table_address, int64_t begin, int64_t end) {
     const int64_t first = (chunks[i] & kChunkIndexMask) * table.chunk_size;
     const int64_t last = first + table.chunk_size < row.numel ? first + table.chunk_size : row.numel;
     const int64_t coefficients = table.coefficients + tensor * kCoefficientRowBytes;
-    if (is_packed(row.flags)) {
-      update_packed(row, grads[tensor], coefficients, first, last);
-      continue;
-    }
+    const ParamCopy copy = copies == nullptr ? ParamCopy{0, 0} : copies[tensor];
     const int64_t param_dtype = (row.flags >> kParamDtypeShift) & kDtypeMask;
     const int64_t grad_dtype = (row.flags >> kGradDtypeShift) & kDtypeMask;
     const UpdateChunk update_tile = kUpdateChunk[param_dtype][grad_dtype];
     const UpdateChunk average_tile = kAverageChunk[param_dtype][(row.flags & kEmaBfloat16) != 0];
-    const int64_t tile = row.flags & kEma ? kAverageTile : last - first;
+    const int64_t tile = (row.flags & kEma) || copy.address != 0 ? kAverageTile : last - first;
+    const bool packed = is_packed(row.flags);
     Chunk chunk;
     chunk.row = &row;
     chunk.grad = grads[tensor];
     chunk.coefficients = reinterpret_cast<const void*>(coefficients);
     for (chunk.begin = first; chunk.begin < last; chunk.begin = chunk.end) {
       chunk.end = chunk.begin + tile < last ? chunk.begin + tile : last;
-      update_tile(chunk);
-      if (row.flags & kEma) average_tile(chunk);
+      if (packed) {
+        update_packed(row, chunk.grad, coefficients, chunk.begin, chunk.end);
+      } else {
+        update_tile(chunk);
+        if (row.flags & kEma) average_tile(chunk);
+      }
+      if (copy.address != 0) {
+        kCopyWeights[param_dtype][copy.dtype](row.param, copy.address, chunk.begin, chunk.end);
+      }
     }
   }
 }

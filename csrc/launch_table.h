@@ -92,6 +92,12 @@ constexpr int64_t kFromValue = 0;
 constexpr int64_t kFromFloat32 = 1;
 constexpr int64_t kFromFloat64 = 2;
 
+// Where the weights of one tensor are also written in 16 bits; on CPUs only.
+struct ParamCopy {
+  int64_t address;  // 0: nowhere
+  int64_t dtype;    // kBF16 or kF16
+};
+
 // What *prepare* hands to *update*: one 128-byte row a tensor, of float or of double (kFloat64).
 template <typename T>
 struct Coefficients {
@@ -165,6 +171,7 @@ struct LaunchTable {
   int64_t domains;   // NormDomain[num_domains], in the order of their norms
   int64_t num_domains;
   int64_t totals;  // double[num_domains + 1]: sums of squares, then 1 where found_inf says skip, else 0
+  int64_t copies;  // ParamCopy[num_tensors]; 0 where no tensor has one
 };
 
 // Stages of a step, as bits. Between the first two the totals may be added up over devices and processes.
@@ -172,9 +179,10 @@ constexpr int64_t kMeasure = 1;  // partials, then totals
 constexpr int64_t kDecide = 2;   // apply or skip
 constexpr int64_t kUpdate = 4;   // prepare, then update
 
-static_assert(sizeof(TensorRow) == 128 && sizeof(HyperRow) == 72 && sizeof(LaunchTable) == 128,
+static_assert(sizeof(TensorRow) == 128 && sizeof(HyperRow) == 72 && sizeof(LaunchTable) == 136,
               "as Python lays them out");
-static_assert(sizeof(NormDomain) == 32 && sizeof(Signals) == 32 && sizeof(Decision) == 40, "as Python lays them out");
+static_assert(sizeof(NormDomain) == 32 && sizeof(Signals) == 32 && sizeof(Decision) == 40 && sizeof(ParamCopy) == 16,
+              "as Python lays them out");
 static_assert(sizeof(Coefficients<double>) <= kKeyOffset, "a coefficient row holds twelve doubles and the key");
 
 }  // namespace

@@ -48,8 +48,8 @@ class TensorWatch {
     int32_t ndim = 0;
     uint32_t dtype = 0;
     uint32_t grad_dtype = 0;
-    bool plain_grad = false;      // its type reads .grad as torch.Tensor does
-    PyObject* spec = nullptr;      // owned: how a DTensor is sharded; nullptr for any other tensor
+    bool plain_grad = false;        // its type reads .grad as torch.Tensor does
+    PyObject* spec = nullptr;       // owned: how a DTensor is sharded; nullptr for any other tensor
     PyObject* grad_spec = nullptr;  // owned: how its last gradient was, which is the same sharding
     dlpack::Device device = {};
   };
