@@ -16,6 +16,16 @@ class FusedAdamW(FusedOptimizer):
         \theta_t = \theta_{t-1} - \Big(\mathrm{lr}\cdot\frac{\hat m_t}{\sqrt{\hat v_t} + \epsilon}
                    + \mathrm{lr}\,\lambda\,\theta_{t-1}\Big)
 
+    The paper's Algorithm 2 is `FusedAdamW(params, lr=alpha, weight_decay=lambda, decay_coupling="schedule")`, where
+    schedules of lr are :math:`\eta_t\alpha`:
+
+    .. math::
+        \theta_t = \theta_{t-1} - \eta_t \Big(\alpha\cdot\frac{\hat m_t}{\sqrt{\hat v_t} + \epsilon}
+                   + \lambda\,\theta_{t-1}\Big)
+
+    and with `decoupled=False` its Adam with L2, :math:`g_t + \lambda\theta_{t-1}` in the place of the gradient
+    :math:`g_t` and no other decay.
+
     Source: Loshchilov & Hutter, *Decoupled Weight Decay Regularization* (2019), Algorithm 2.
 
     All tensors of all parameter groups that share a dtype combination are updated by one launch a device, whatever
@@ -47,9 +57,11 @@ class FusedAdamW(FusedOptimizer):
             `unscale_` of FSDP1's ShardedGradScaler first: nowhere else does it agree on a scale with its peers.
         decoupled: True: decay the weight (AdamW). False: add :math:`\lambda\theta` to the gradient (Adam with L2).
         decay_coupling: what the weight decays by. "lr" (torch): :math:`\mathrm{lr}\,\lambda`. "schedule" (the paper):
-            :math:`\eta_t\,\lambda`, :math:`\eta_t` being lr over the group's `initial_lr`. That is its lr when it was
-            added, unless it names another; torch's schedules keep it (OneCycleLR sets its own). The lr can then be
-            tuned without a change of the decay.
+            :math:`\eta_t\,\lambda`, :math:`\eta_t` being lr over the group's `initial_lr`; the lr can then be tuned
+            without a change of the decay. torch's schedules write `initial_lr` when they are made: the group's lr at
+            that time, but OneCycleLR and CyclicLR the low one that they start from, over which :math:`\eta_t` rises
+            above 1. Until then, and under ReduceLROnPlateau, it is the group's lr when it was added. A group may also
+            name it.
         cautious: no update of an element where first moment and gradient disagree in sign (Liang et al., Cautious
             Optimizers, 2024; without their rescaling by the mean of the mask).
         cautious_weight_decay: no decay of an element where it and the update disagree in sign (Chen et al., Cautious

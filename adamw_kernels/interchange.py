@@ -11,7 +11,7 @@ from adamw_kernels.formats import remainder_dtype
 from adamw_kernels.functional import local_param, local_view
 from adamw_kernels.options import FURTHER_OPTIONS, check_used_options
 from adamw_kernels.packing import merge_weight, split_weight
-from adamw_kernels.rules import moment_keys, rule_of
+from adamw_kernels.rules import LR_WHEN_ADDED, moment_keys, rule_of
 from adamw_kernels.state import (
     Formats,
     check_adoptable,
@@ -164,7 +164,7 @@ def export_state_dict(opt: FusedOptimizer, target: str) -> dict[str, Any]:
         for p, key in zip(own["params"], packed["params"], strict=True):
             if key in exported["state"]:
                 states[key] = _torch_state(p, exported["state"][key], own)
-        for option in (*FURTHER_OPTIONS, "seed"):
+        for option in (*FURTHER_OPTIONS, LR_WHEN_ADDED, "seed"):
             packed.pop(option, None)
     return {**exported, "state": states}
 

@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, StateDict
 from adamw_kernels.formats import remainder_dtype
 from adamw_kernels.functional import local_view
 from adamw_kernels.options import FURTHER_OPTIONS, check_seed, check_used_options
-from adamw_kernels.rules import rule_of
+from adamw_kernels.rules import INITIAL_LRS, initial_lr_of, rule_of
 from adamw_kernels.state import BUFFER, check_adoptable, check_formats, formats_of, moment_format_in
 from adamw_kernels.stepper import param_name
 
@@ -46,7 +46,8 @@ class Loading:
         own, groups = self._opt.param_groups, loaded["param_groups"]
         if [len(group["params"]) for group in own] == [len(group["params"]) for group in groups]:  # else torch raises
             self._kept = [
-                {key: ours[key] for key in (*FURTHER_OPTIONS, "initial_lr") if key in ours and key not in group}
+                {key: ours[key] for key in FURTHER_OPTIONS if key in ours and key not in group}
+                | ({} if initial_lr_of(group) is not None else {key: ours[key] for key in INITIAL_LRS if key in ours})
                 for ours, group in zip(own, groups, strict=True)
             ]
             self._check(groups, loaded["state"])

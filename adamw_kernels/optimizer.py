@@ -18,6 +18,7 @@ from adamw_kernels.functional import is_capturing
 from adamw_kernels.loading import Loading
 from adamw_kernels.options import FURTHER_OPTIONS, WHOLE_OPTIONS, check_options, check_seed, check_skip_norm
 from adamw_kernels.param_copies import ParamCopies
+from adamw_kernels.rules import INITIAL_LRS, LR_WHEN_ADDED, initial_lr_of
 from adamw_kernels.state import Formats, check_formats
 from adamw_kernels.stepper import Options, Stepper, param_name
 
@@ -143,7 +144,7 @@ class FusedOptimizer(Optimizer):
         """
         if "decoupled" in param_group:
             param_group["decoupled_weight_decay"] = param_group.pop("decoupled")
-        known = FURTHER_OPTIONS.keys() | self.defaults.keys() | {"initial_lr"}
+        known = FURTHER_OPTIONS.keys() | self.defaults.keys() | {*INITIAL_LRS}
         options = self.defaults | {key: value for key, value in param_group.items() if key in known}
         where = f"param_groups[{len(self.param_groups)}]"
         for key in sorted(self.foreign_options & param_group.keys()):
@@ -160,9 +161,9 @@ class FusedOptimizer(Optimizer):
             )
         copies = param_group.pop("param_copy", None)
         super().add_param_group(param_group)
-        if options.get("decay_coupling") == "schedule":  # torch's schedules keep what is there
+        if options.get("decay_coupling") == "schedule" and initial_lr_of(param_group) is None:
             lr = param_group["lr"]
-            param_group.setdefault("initial_lr", lr.clone() if isinstance(lr, torch.Tensor) else lr)
+            param_group[LR_WHEN_ADDED] = lr.clone() if isinstance(lr, torch.Tensor) else lr
         try:
             for index, p in enumerate(param_group["params"]):
                 check_formats(param_name(param_group, len(self.param_groups) - 1, index), p, param_group)

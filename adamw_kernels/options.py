@@ -11,7 +11,7 @@ import torch
 
 from adamw_kernels.formats import EMA_FORMATS, MOMENT_FORMATS, PARAM_FORMATS
 from adamw_kernels.hyperparameters import check_hyperparameters
-from adamw_kernels.rules import group_hyperparameters, has_buffer, rule_of
+from adamw_kernels.rules import LR_WHEN_ADDED, group_hyperparameters, initial_lr_of, rule_of
 
 FURTHER_OPTIONS: dict[str, Any] = {
     "cautious": False,
@@ -103,7 +103,7 @@ def _check_sgdw(options: dict[str, Any], where: str) -> None:
             raise ValueError(f"{where}: Tensor {key} must be 1-element, not of shape {tuple(value.shape)}")
     if not options["momentum"] >= 0.0:
         raise ValueError(f"{where}: Invalid momentum value: {options['momentum']}; expected momentum >= 0")
-    if options["nesterov"] and not (has_buffer(options) and options["dampening"] == 0.0):
+    if options["nesterov"] and not (options["momentum"] > 0.0 and options["dampening"] == 0.0):
         raise ValueError(
             f"{where}: nesterov=True with momentum={options['momentum']} and dampening={options['dampening']}: "
             "Nesterov momentum requires a momentum and zero dampening; expected momentum > 0 and dampening=0"
@@ -131,7 +131,7 @@ def _check_decay(options: dict[str, Any], where: str) -> None:
             f"{where}: decay_coupling='schedule' with decoupled=False: there is no decay of the weight to couple; "
             "expected one or the other"
         )
-    initial_lr = options.get("initial_lr", options["lr"])
+    initial_lr = initial_lr_of({LR_WHEN_ADDED: options["lr"]} | options)
     if initial_lr is None:
         raise ValueError(f"{where}: initial_lr is None; decay_coupling='schedule' divides by it, expected > 0")
     on_gpu = isinstance(initial_lr, torch.Tensor) and initial_lr.device.type != "cpu"

@@ -23,6 +23,23 @@ _sgdw_options = operator.itemgetter(
 )
 
 
+LR_WHEN_ADDED = "lr_when_added"
+"""Option of a group whose decay follows the schedule, and which no schedule has been at yet."""
+
+
+INITIAL_LRS = ("initial_lr", LR_WHEN_ADDED)
+"""Options that say the same, the first before the second."""
+
+
+def initial_lr_of(group: dict[str, Any]) -> Any:
+    """The lr at which the schedule's multiplier is 1, or None: `initial_lr`, else the group's lr when it was added.
+
+    The latter has a name of its own: under torch's, every schedule would take it for an earlier one's and begin there,
+    instead of at the group's present lr, or at the one that it is given (CyclicLR).
+    """
+    return group["initial_lr"] if "initial_lr" in group else group.get(LR_WHEN_ADDED)
+
+
 def rule_of(options: dict[str, Any]) -> str:
     """The rule whose options a group has."""
     return "adamw" if "betas" in options else "sgdw"
@@ -73,7 +90,7 @@ def _read_sgdw(groups: Sequence[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
 
 def _further_hyperparameters(group: dict[str, Any]) -> tuple[Any, ...]:
     get = group.get
-    initial_lr = get("initial_lr") if get("decay_coupling") == "schedule" else None
+    initial_lr = initial_lr_of(group) if get("decay_coupling") == "schedule" else None
     return get("max_grad_norm"), get("ema_decay"), initial_lr
 
 

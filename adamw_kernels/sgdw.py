@@ -50,7 +50,7 @@ class FusedSGDW(FusedOptimizer):
         decoupled: True: decay the weight (SGDW). False: add :math:`\lambda\theta` to the gradient (SGD with L2, which
             is what torch does).
         decay_coupling: "lr": decay by :math:`\mathrm{lr}\,\lambda`. "schedule" (the paper): by
-            :math:`\eta_t\,\lambda`, :math:`\eta_t` being lr over the group's `initial_lr`.
+            :math:`\eta_t\,\lambda`, :math:`\eta_t` being lr over the group's `initial_lr`; see :class:`FusedAdamW`.
         lr_in_momentum: lr multiplies what enters the buffer, not what leaves it (the paper): a change of lr then
             reaches the steps only as the buffer forgets. Under a constant lr both are the same. Buffers of the one are
             no buffers of the other, nor of torch's: neither loads into the other.

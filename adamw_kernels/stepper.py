@@ -31,7 +31,7 @@ from adamw_kernels.hyperparameters import check_hyperparameters
 from adamw_kernels.launch_table import LaunchPlan, TensorSpec
 from adamw_kernels.options import FURTHER_OPTIONS, check_8bit_betas
 from adamw_kernels.param_copies import ParamCopies
-from adamw_kernels.rules import group_hyperparameters, moment_keys, read_groups, rule_of
+from adamw_kernels.rules import group_hyperparameters, initial_lr_of, moment_keys, read_groups, rule_of
 from adamw_kernels.sharding import first_element, shard_groups
 from adamw_kernels.state import (
     check_adoptable,
@@ -296,7 +296,7 @@ class Stepper:
             check_hyperparameters(group_hyperparameters(group), f"param_groups[{index}]")
             if _is_coded(group):
                 check_8bit_betas(group, f"param_groups[{index}]")
-            if group.get("decay_coupling") == "schedule" and group.get("initial_lr") is None:
+            if group.get("decay_coupling") == "schedule" and initial_lr_of(group) is None:
                 raise ValueError(
                     f"param_groups[{index}]: decay_coupling='schedule', and the group has no initial_lr; expected the "
                     "lr that stands for a multiplier of 1"

