@@ -5,7 +5,11 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
+import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +87,49 @@ def test_committed_claims_are_those_of_the_committed_rows(computed: list[claims.
 def test_readme_says_what_the_claims_say(computed: list[claims.Claim]) -> None:
     """The table of verdicts is the one that `python -m examples.paper claims` prints."""
     assert claims.table(computed) in (ROOT / "examples" / "paper" / "README.md").read_text()
+
+
+NOT_WORSE, EQUAL_LOSS = "the best test error is not worse", "lower test error at equal training loss"
+SENTENCES = {
+    ("normalized", "the ridge tilts", "SGD"): "SGD (correlation of log lr and log λ {value}, 95 % interval {interval})",
+    ("normalized", "the ridge tilts", "Adam"): "Adam ({value}, {interval})",
+    ("normalized", "the ridge stands upright", "SGDW"): "SGDW's stands upright ({value}, {interval})",
+    ("normalized", "the ridge stands upright", "AdamW"): "AdamW's is not shown to: {value}, {interval}",
+    ("normalized", NOT_WORSE, "AdamW - Adam"): "is not worse than Adam's ({value} points, {interval})",
+    ("normalized", EQUAL_LOSS, "AdamW - Adam"): "differs by {value} points ({interval})",
+    ("plain", "the ridge stands upright", "SGDW"): "SGDW's ridge tilts the other way ({value}, {interval})",
+    ("plain", NOT_WORSE, "AdamW - Adam"): "no worse either ({value} points, {interval})",
+    ("plain", EQUAL_LOSS, "AdamW - Adam"): "L2 is ahead ({value} points for Adam, {interval})",
+}
+VERDICTS = {  # of those sentences, by whose runs they are about
+    "shown": ["SGD", "Adam", "SGDW", "AdamW - Adam", "AdamW - Adam", "AdamW - Adam"],
+    "not shown": ["AdamW"],
+    "contrary": ["SGDW", "AdamW - Adam"],
+}
+
+
+def test_readmes_sentences_have_the_claims_numbers(computed: list[claims.Claim]) -> None:
+    """Each with its value and interval, and the words fit the verdict."""
+    section = (ROOT / "README.md").read_text().partition("## From the paper")[2].partition("## Backends")[0]
+    text = " ".join(section.replace("**", "").split())
+    spoken_of: dict[str, list[str]] = {}
+    for claim in computed:
+        key = claim.network, claim.claim, claim.optimizers
+        if key in SENTENCES:
+            value, low, high = (claims.decimals(x, 2).replace("-", "−") for x in (claim.value, claim.low, claim.high))
+            assert SENTENCES[key].format(value=value, interval=f"{low} to {high}") in text
+            spoken_of.setdefault(claim.verdict, []).append(claim.optimizers)
+    assert {verdict: sorted(names) for verdict, names in spoken_of.items()} == {
+        verdict: sorted(names) for verdict, names in VERDICTS.items()
+    }
+    restarts = {claim.claim: [] for claim in computed if claim.claim.startswith("better at any time")}
+    for claim in computed:
+        if claim.claim in restarts:
+            restarts[claim.claim].append(claim.verdict)
+    assert sorted(restarts["better at any time, by the last restart's weights"]) == ["contrary", *["shown"] * 3]
+    assert restarts["better at any time, by the weights of the moment"] == ["contrary"] * 4
+    assert "better at any time in three cases of four, and behind in all with the weights of the moment" in text
+    assert f"What {len(list(FULL.grid_settings())) + len(list(FULL.curve_settings())):,} small runs show" in text
 
 
 def test_every_run_of_the_plan_has_its_row_and_no_other() -> None:
@@ -173,6 +220,31 @@ def test_interrupted_run_leaves_no_row(
     assert "goes on from here" in capsys.readouterr().err
     assert len(rows.read(results / rows.GRID_FILE)) == GRID_RUNS
     assert not (results / rows.CURVE_FILE).exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="sends a signal to a process group")
+def test_ctrl_c_with_processes(tmp_path: Path) -> None:
+    """Ctrl-C reaches parent and workers: no traceback, every row that was written is whole, and a run would go on."""
+    command = [sys.executable, "-m", "examples.paper", "run", "--results", str(tmp_path), "--workers", "2"]
+    grid = tmp_path / rows.GRID_FILE
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stderr=log, start_new_session=True)
+        try:
+            deadline = time.monotonic() + 300
+            while not (grid.exists() and len(rows.read(grid)) >= 3):
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.05)
+            os.killpg(process.pid, signal.SIGINT)
+            assert process.wait(timeout=60) == 130
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    printed = (tmp_path / "log").read_text()
+    assert "goes on from here" in printed
+    assert "Traceback" not in printed
+    found = rows.read(grid)
+    assert 3 <= len(found) < len(list(FULL.grid_settings()))
+    assert found.keys() < set(FULL.grid_settings())
 
 
 def test_missing_rows_are_an_error_and_not_a_smaller_figure(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

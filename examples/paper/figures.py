@@ -21,6 +21,7 @@ INK, QUIET, GRID = "#1f2328", "#656d76", "#e4e7eb"
 COLOURS = {"SGD": "#8b949e", "SGDW": "#2b8a3e", "Adam": "#c2410c", "AdamW": "#0b6bcb"}
 ONCE, RESTARTS = "#c2410c", "#0b6bcb"
 WORST_SHOWN = 4.0  # times the best error of a figure: all that is worse has one colour
+HEADROOM = 1.8  # of the learning curves' axes: the legend stands above the errors after a restart
 TITLES = {"normalized": "batch-normalized network", "plain": "network without normalization"}
 
 
@@ -167,8 +168,11 @@ def learning_curves(lines: dict[tuple[str, str, bool], Array], plan: Plan) -> Fi
             place.axvline(end, color=QUIET, lw=0.8, ls=":")
         place.set_title(f"{optimizer}, {TITLES[network]}", fontsize=10, color=INK)
         place.set_yscale("log")
+        place.set_ylim(top=min(100.0, HEADROOM * place.get_ylim()[1]))
         place.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        place.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value in (2, 3, 5, 20) else ""))
+        place.yaxis.set_minor_formatter(
+            FuncFormatter(lambda value, _: f"{value:g}" if value in (2, 3, 5, 20, 50) else "")
+        )
         place.set_xlabel("epoch")
         place.set_ylabel("test error, %")
         place.legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)

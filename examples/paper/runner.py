@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterable
+from multiprocessing.pool import Pool
 from pathlib import Path
 
 import torch
@@ -42,8 +44,7 @@ def train_missing(path: Path, settings: Iterable[Setting], title: str, workers: 
                 rows.append(path, setting, result)
                 bar.update()
             return len(missing)
-        # Fresh processes: a fork of one in which torch has run threads may hang in them.
-        with multiprocessing.get_context("spawn").Pool(min(workers, len(missing)), start_worker) as pool:
+        with pool_of(min(workers, len(missing))) as pool:
             for setting, result in pool.imap_unordered(one_run, missing, chunksize=1):
                 rows.append(path, setting, result)
                 bar.update()
@@ -58,6 +59,18 @@ def labelled_run(setting: Setting, every_epoch: bool) -> tuple[Setting, Result]:
 def start_worker() -> None:
     """One thread a process: matrices of this size are not worth sharing."""
     torch.set_num_threads(1)
+
+
+def pool_of(workers: int) -> Pool:
+    """Fresh processes: a fork of one in which torch has run threads may hang in them.
+
+    They inherit that Ctrl-C is ignored, which reaches them too: this process ends them, without their tracebacks.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return multiprocessing.get_context("spawn").Pool(workers, start_worker)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def cores() -> int:
