@@ -140,6 +140,14 @@ def test_every_run_of_the_plan_has_its_row_and_no_other() -> None:
         assert len({result.torch for result in found.values()}) == 1
 
 
+def test_readme_says_how_long_the_rows_took() -> None:
+    """Their seconds, each of one thread, summed: what a reader with one core waits for."""
+    seconds = sum(
+        result.seconds for name in (rows.GRID_FILE, rows.CURVE_FILE) for result in rows.read(RESULTS / name).values()
+    )
+    assert f"{round(seconds / 60)} minutes of one core" in (ROOT / "examples" / "paper" / "README.md").read_text()
+
+
 def test_figures_are_there_and_small() -> None:
     """Under a megabyte each."""
     paths = sorted(RESULTS.glob("*.png"))
