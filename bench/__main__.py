@@ -1,4 +1,7 @@
-"""Command line: `python -m bench COMMAND`; without one: all but `list` and `curves`, half an hour of training."""
+"""Command line: `python -m bench COMMAND`; without one: what is timed and measured on one machine, and its report.
+
+Not among that: `curves`, half an hour of training; `hotpath`, `profile` and `instructions`, which time nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,21 @@ import torch
 
 from bench import (
     accuracy,
+    bits,
+    callgrind,
     contenders,
     curves,
     formats,
     host,
+    hot_path,
     instructions,
+    kernels,
     loop,
     machine,
     memory,
+    profile,
     quality,
+    report,
     roof,
     rows,
     tables,
@@ -43,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.dtype = options.dtype or list(DTYPES)
     commands: dict[str | None, list[Callable[[argparse.Namespace, Environment, Path], bool]]] = {
         "list": [run_list],
+        "peers": [run_peers],
         "throughput": [run_throughput],
         "loop": [run_loop],
         "memory": [run_memory],
@@ -50,16 +60,33 @@ def main(arguments: list[str] | None = None) -> int:
         "accuracy": [run_accuracy],
         "quality": [run_quality],
         "instructions": [run_instructions],
+        "hotpath": [run_hotpath],
+        "profile": [run_profile],
+        "bits": [run_bits],
+        "kernels": [run_kernels],
         "formats": [run_formats],
         "curves": [run_curves],
         "plot": [run_plot],
         "tables": [run_tables],
-        None: [run_throughput, run_loop, run_memory, run_host, run_accuracy, run_quality, run_formats, run_plot],
+        "report": [run_plot, run_report],
+        None: [
+            run_peers,
+            run_throughput,
+            run_loop,
+            run_memory,
+            run_host,
+            run_accuracy,
+            run_quality,
+            run_formats,
+            run_plot,
+            run_report,
+        ],
     }
     environment = machine.environment(options.device)
     folder = options.results or machine.results_folder(environment.machine)
     try:
-        rows.check_headers(folder, *rows.ROW_TYPES)
+        for place in (folder, machine.COUNTS):
+            rows.check_headers(place, *rows.ROW_TYPES)
     except rows.SchemaError as error:
         print(error, file=sys.stderr)
         return 1
@@ -106,13 +133,16 @@ def parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="only this storage format of `quality`; repeatable",
     )
+    add("--kind", action="append", choices=host.KINDS, default=argparse.SUPPRESS, help="only these tensors; repeatable")
+    add("--isa", default=argparse.SUPPRESS, help="of `hotpath` and `profile` (default: avx2; valgrind has no AVX-512)")
     add("--results", type=Path, default=argparse.SUPPRESS, help="folder of rows and figures (default: the machine's)")
     result = argparse.ArgumentParser(prog="python -m bench", description=__doc__, parents=[shared])
     result.set_defaults(device=default, threads=None, case=None, dtype=None, contender=None, workload=None)
-    result.set_defaults(seconds=6.0, results=None, format=None)
+    result.set_defaults(seconds=6.0, results=None, format=None, kind=None, isa="avx2")
     commands = result.add_subparsers(dest="command")
     for name, summary in (
         ("list", "cases, contenders and why some cannot run"),
+        ("peers", "rows of who can run here, and why others cannot"),
         ("throughput", "time of a step and GB/s of every case"),
         ("loop", "time of clipping, scaling, guarding, step and EMA against the usual training loop"),
         ("memory", "peak memory of training with gradients kept and released"),
@@ -120,10 +150,15 @@ def parser() -> argparse.ArgumentParser:
         ("accuracy", "error of the weights against float64 AdamW"),
         ("quality", "errors of the moments' storage formats, ours and published ones"),
         ("instructions", "SASS instructions and bytes per element of every compiled CUDA update; needs no GPU"),
+        ("hotpath", "instructions, opcodes and allocations of a warm step beside their bounds; nothing is timed"),
+        ("profile", "instructions of a warm step function by function; nothing is timed"),
+        ("bits", "whether this device's paths store the CPU's bits, format by format"),
+        ("kernels", "time and, where readable, counters of every GPU kernel of a step"),
         ("formats", "time of a step in every storage format, beside low-memory optimizers"),
         ("curves", "training with several storage formats"),
         ("plot", "figures from the rows"),
-        ("tables", "README's tables from the rows"),
+        ("tables", "the READMEs' tables from the rows"),
+        ("report", "figures and one Markdown report from the rows"),
     ):
         commands.add_parser(name, help=summary, description=summary, parents=[shared])
     return result
@@ -144,6 +179,28 @@ def run_list(options: argparse.Namespace, environment: Environment, folder: Path
     return True
 
 
+def run_peers(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
+    """Tries everybody in every dtype and writes down how that went."""
+    print("peers", flush=True)
+    for dtype in options.dtype:
+        running, reasons = contenders.available(options.device, DTYPES[dtype], options.contender)
+        result: list[rows.Row] = [
+            rows.PeerRow(
+                contender=contender.name,
+                dtype=dtype,
+                distribution=contender.distribution,
+                version=contender.version(),
+                available=int(contender in running),
+                reason=reasons.get(contender.name, ""),
+            )
+            for contender in contenders.CONTENDERS.values()
+            if contender in running or contender.name in reasons
+        ]
+        rows.append(folder, environment, result)
+        print_rows(result)
+    return True
+
+
 def run_throughput(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
     """Measures every case in every dtype; rows are written after each, so an interrupted run keeps them."""
     report_unavailable(options)
@@ -156,7 +213,7 @@ def run_throughput(options: argparse.Namespace, environment: Environment, folder
             )
             passed = passed and not failures
             rows.append(folder, environment, result)
-            report(result)
+            print_rows(result)
     return passed
 
 
@@ -177,7 +234,7 @@ def run_loop(options: argparse.Namespace, environment: Environment, folder: Path
             )
             passed = passed and not failures
             rows.append(folder, environment, result)
-            report(result)
+            print_rows(result)
     return passed
 
 
@@ -188,17 +245,25 @@ def run_memory(options: argparse.Namespace, environment: Environment, folder: Pa
     for failure in failures:
         print(f"  {failure}", file=sys.stderr, flush=True)
     rows.append(folder, environment, result)
-    report(result)
+    print_rows(result)
     return not failures
 
 
 def run_host(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
     """Measures the host's side of a step."""
     print("host, tensors of one element", flush=True)
-    result = host.measure(options.device, seconds=2 * options.seconds, only=options.contender)
+    result, reasons = host.measure(
+        options.device,
+        seconds=2 * options.seconds,
+        only=options.contender,
+        kinds=tuple(options.kind or host.KINDS),
+    )
+    for name, reason in reasons.items():
+        print(f"  left out: {name}: {reason}")
     rows.append(folder, environment, result)
-    report(result)
-    return True
+    print_rows(result)
+    measured = {row.contender for row in result if isinstance(row, rows.HostRow)}
+    return any(contenders.CONTENDERS[name].is_ours for name in measured) or options.contender is not None
 
 
 def run_accuracy(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
@@ -206,7 +271,7 @@ def run_accuracy(options: argparse.Namespace, environment: Environment, folder: 
     print(f"accuracy, {accuracy.STEPS} steps", flush=True)
     result = accuracy.measure(options.device, only=options.contender)
     rows.append(folder, environment, result)
-    report(result)
+    print_rows(result)
     return True
 
 
@@ -219,7 +284,62 @@ def run_instructions(options: argparse.Namespace, environment: Environment, fold
         print(f"  instructions: {error}")
         return True
     rows.append(folder, environment, result)
-    report(result)
+    print_rows(result)
+    return True
+
+
+def run_hotpath(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
+    """Counts the warm step's work; fails where a bound is exceeded."""
+    print("hotpath", flush=True)
+    result: list[rows.Row] = []
+    try:
+        for row in hot_path.measure(options.isa):
+            print_rows([row])
+            result.append(row)
+    except callgrind.UnavailableError as error:
+        print(f"  hotpath: {error}")
+    rows.append(options.results or machine.COUNTS, environment, result)
+    return all(row.count <= row.bound for row in result if isinstance(row, rows.HotPathRow))
+
+
+def run_profile(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
+    """Counts the warm step's instructions by function; passes where they cannot be counted."""
+    print("profile", flush=True)
+    try:
+        result: list[rows.Row] = [*profile.measure(options.isa)]
+    except callgrind.UnavailableError as error:
+        print(f"  profile: {error}")
+        return True
+    rows.append(options.results or machine.COUNTS, environment, result)
+    print_rows(result)
+    return True
+
+
+def run_bits(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
+    """Compares what this device's paths store with the CPU; fails where a bit differs."""
+    print("bits", flush=True)
+    passed = True
+    for row in bits.measure(options.device):
+        passed = passed and row.differing == 0
+        rows.append(folder, environment, [row])
+        print_rows([row])
+    return passed
+
+
+def run_kernels(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
+    """Asks the profilers about every kernel of a step; passes where there is no GPU to ask."""
+    print("kernels", flush=True)
+    result, reasons = kernels.measure(options.device)
+    for reason in reasons:
+        print(f"  kernels: {reason}")
+    rows.append(folder, environment, result)
+    print_rows(result)
+    return True
+
+
+def run_report(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
+    """Writes the report of the folder's rows and figures."""
+    print(report.write(folder))
     return True
 
 
@@ -232,7 +352,7 @@ def run_quality(options: argparse.Namespace, environment: Environment, folder: P
         for row in quality.measure(quality.FORMATS[name], options.device):
             passed = passed and not (name == "8bit" and row.met == 0)
             result.append(row)
-            report([row])
+            print_rows([row])
         rows.append(folder, environment, result)
     return passed
 
@@ -241,7 +361,7 @@ def run_formats(options: argparse.Namespace, environment: Environment, folder: P
     """Times every storage format; fails if one of ours did not pass its check."""
     print(f"formats, {formats.CASE.title}", flush=True)
     result, reasons = formats.measure(options.device, seconds=10 * options.seconds)
-    report(result)
+    print_rows(result)
     for name, reason in reasons.items():
         print(f"  left out: {name}: {reason}")
     rows.append(folder, environment, result)
@@ -253,25 +373,27 @@ def run_curves(options: argparse.Namespace, environment: Environment, folder: Pa
     for seed in curves.SEEDS:
         for run in curves.RUNS:
             result: list[rows.Row] = [*curves.train(run, seed, options.device)]
-            report(result[-1:])
+            print_rows(result[-1:])
             rows.append(folder, environment, result)
     return True
 
 
 def run_tables(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
-    """Writes README's tables anew."""
-    tables.README.write_text(tables.fill(tables.README.read_text(), folder))
+    """Writes the tables of README and of this folder's README anew."""
+    for path in tables.FILES:
+        path.write_text(tables.fill(path.read_text(), folder))
     return True
 
 
 def run_plot(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
     """Draws the figures from the rows in the folder."""
     try:
-        from bench import plot, plot_curves, plot_loop
+        from bench import plot, plot_curves, plot_formats, plot_loop, plot_sizes
     except ImportError as error:
         print(f"plot: {error}. Install matplotlib (`pip install matplotlib`) and run `python -m bench plot`.")
         return False
-    for figure in (plot_loop.draw(folder), plot_curves.draw(folder)):
+    others = (plot_loop.draw, plot_curves.draw, plot_sizes.draw_roofline, plot_sizes.draw_counts, plot_formats.draw)
+    for figure in (draw(folder) for draw in others):
         if figure is not None:
             print(figure)
     try:
@@ -290,7 +412,7 @@ def report_unavailable(options: argparse.Namespace) -> None:
             print(f"{dtype}: without {name}: {reason}")
 
 
-def report(result: list[rows.Row]) -> None:
+def print_rows(result: list[rows.Row]) -> None:
     """Prints rows, and a warning if others disturbed them."""
     for row in result:
         print(f"  {describe(row)}", flush=True)
@@ -306,9 +428,33 @@ def describe(row: rows.Row) -> str:
         size = roof.BYTES[row.kernel] >> 20
         speed = f"{row.gb_s:7.1f} GB/s, peak {row.peak_gb_s:.1f}"
         return f"{row.kernel:14} {row.median_us:12.1f} us  {speed}  ({size} MiB){mark}"
+    if isinstance(row, rows.PeerRow):
+        state = "available" if row.available else f"not available: {row.reason}"
+        return f"{row.contender:18} {row.dtype:9} {row.distribution} {row.version or 'not installed'}: {state}"
+    if isinstance(row, rows.SkippedRow):
+        return f"{row.contender:14} left out: {row.reason}"
+    if isinstance(row, rows.HotPathRow):
+        mark = "" if row.count <= row.bound else "  <- above its bound"
+        return f"{row.tool:12} {row.name:32} per {row.per:8} {row.count:10.2f}  bound {row.bound:g}{mark}"
+    if isinstance(row, rows.ProfileRow):
+        return (
+            f"{row.grads:5} {row.place:3} {row.instructions_per_tensor:8.1f} instructions a tensor {row.share:5.1f} %  "
+            f"{row.function} ({row.library})"
+        )
+    if isinstance(row, rows.BitsRow):
+        formats_ = f"{row.param}/{row.grad} {row.param_format}/{row.moment_format} {row.options}"
+        verdict = "the same bits" if row.differing == 0 else f"{row.differing} elements differ"
+        return f"{row.backend:8} against {row.against}: {formats_:55} {row.elements} elements: {verdict}"
+    if isinstance(row, rows.KernelRow):
+        return (
+            f"{row.case:12} {row.dtype:9} {row.contender:12} {row.median_us:9.1f} us x {row.launches:g} {row.kernel} "
+            f"{row.counters}"
+        )
+    if isinstance(row, rows.StageRow):
+        return f"{row.stage:14} {row.outcome:12} {row.seconds:6.1f} of {row.limit:.0f} s  {row.detail}"
     if isinstance(row, rows.HostRow):
         return (
-            f"{row.contender:14} {row.mode:6} grads {row.grads:5} {row.tensors:5} tensors {row.median_us:9.1f} us  "
+            f"{row.contender:18} {row.kind:7} {row.mode:6} grads {row.grads:5} {row.tensors:5} tensors {row.median_us:9.1f} us  "
             f"fit {row.ns_per_tensor:7.1f} ns/tensor + {row.fixed_us:6.1f} us  "
             f"{row.allocations} buffers, {row.new_tensors} new tensors"
         )

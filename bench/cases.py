@@ -30,14 +30,17 @@ class Case:
         name: How rows and the command line call it.
         title: How figures call it.
         groups: Parameter groups, in order.
-        exceeds_caches: Whether a step's tensors are far larger than any cache, so that bandwidth is the limit and
-            "% of the roof" means something. Elsewhere the wall-clock of an eager step is what is measured.
+        exceeds_caches: Whether bandwidth is the limit and "% of the roof" means something: a step's tensors, or those
+            of as many copies as take turns (`throughput.py`), are far larger than any cache. Elsewhere the wall-clock
+            of an eager step is what is measured.
+        grad_rows: Share of the rows of each matrix that have a gradient; in the others it is zero.
     """
 
     name: str
     title: str
     groups: tuple[Group, ...]
     exceeds_caches: bool
+    grad_rows: float = 1.0
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -48,6 +51,17 @@ class Case:
     def numel(self) -> int:
         """Number of parameters, in elements."""
         return sum(math.prod(shape) for shape in self.shapes)
+
+
+def one_tensor(exponent: int) -> Case:
+    """One tensor of a power of two: the roofline's series, beside `one_large`."""
+    return Case(f"one_2p{exponent}", f"one tensor, 2^{exponent} elements", (Group(((1 << exponent,),)),), True)
+
+
+def counted(tensors: int) -> Case:
+    """Tensors of 4,096 elements: the series of tensor counts."""
+    title = f"{tensors:,} tensor{'s' if tensors > 1 else ''} of 4,096"
+    return Case(f"count_{tensors}", title, (Group(((4096,),) * tensors),), exceeds_caches=False)
 
 
 def one_large() -> Case:
@@ -135,8 +149,67 @@ def groups_465() -> Case:
     return Case("groups_465", "465 groups of one tensor", groups, exceeds_caches=False)
 
 
+def llama3_8b(ranks: int) -> Case:
+    """Llama-3 8 B, 291 tensors, 8,030,261,248 parameters, as one of `ranks` processes holds it under FSDP2.
+
+    Every tensor is sharded along its first dimension, which 8 divides throughout.
+    """
+    width, hidden, key_value, vocabulary = 4096, 14336, 1024, 128256
+    block: tuple[Shape, ...] = (
+        (width,),
+        *((width, width), (key_value, width), (key_value, width), (width, width)),
+        (width,),
+        *((hidden, width), (hidden, width), (width, hidden)),
+    )
+    whole = ((vocabulary, width), *block * 32, (width,), (vocabulary, width))
+    shapes = tuple((shape[0] // ranks, *shape[1:]) for shape in whole)
+    groups = (
+        Group(tuple(shape for shape in shapes if len(shape) >= 2), lr=3e-4, weight_decay=0.1),
+        Group(tuple(shape for shape in shapes if len(shape) < 2), lr=3e-4, weight_decay=0.0),
+    )
+    name = "llama3_8b" if ranks == 1 else f"llama3_8b_of_{ranks}"
+    part = "" if ranks == 1 else f", one of {ranks} shards"
+    return Case(name, f"Llama-3 8 B{part}, 291 tensors", groups, exceeds_caches=True)
+
+
+def mixture_of_experts() -> Case:
+    """10,000 tensors, 82 M parameters: 52 layers of 64 experts, as a process of expert parallelism holds them.
+
+    Experts are three matrices of 256 x 32 each, thin slices of wider ones; 16 norms make the number round.
+    """
+    expert: tuple[Shape, ...] = ((32, 256), (32, 256), (256, 32))
+    shapes = (*expert * (52 * 64), *((256,),) * 16)
+    return Case("moe_10000", "mixture of experts, 10,000 tensors", (Group(shapes),), exceeds_caches=True)
+
+
+def lora() -> Case:
+    """1,000 tensors of 4,096 elements: rank-4 pairs beside 500 matrices of 1,024 x 1,024."""
+    pairs: tuple[Shape, ...] = ((4, 1024), (1024, 4)) * 500
+    return Case("lora_1000", "LoRA, 1,000 tensors", (Group(pairs, lr=2e-4, weight_decay=0.0),), exceeds_caches=False)
+
+
+def embedding() -> Case:
+    """GPT-2's embedding after a batch of 4,096 different tokens: 92 % of the gradient's rows are zero."""
+    group = Group(((50257, 768),), lr=6e-4, weight_decay=0.1)
+    title = "an embedding, 8 % of its rows hit"
+    return Case("embedding", title, (group,), exceeds_caches=True, grad_rows=4096 / 50257)
+
+
 @functools.cache
 def cases() -> dict[str, Case]:
     """Every case by name, in the order of rows and figures."""
-    built = (one_large(), gpt2_small(), resnet50(), many_small(), groups_465())
+    built = (
+        *(one_tensor(exponent) for exponent in (20, 22, 24)),
+        one_large(),
+        *(one_tensor(exponent) for exponent in (28, 30, 32)),
+        gpt2_small(),
+        resnet50(),
+        embedding(),
+        *(llama3_8b(ranks) for ranks in (8, 1)),
+        mixture_of_experts(),
+        many_small(),
+        groups_465(),
+        lora(),
+        *(counted(tensors) for tensors in (1, 10, 100, 1000, 10000)),
+    )
     return {case.name: case for case in built}

@@ -26,6 +26,7 @@ from bench.inputs import Inputs
 
 STEP_FACTORS = (-0.5, 0.25, -2.0)  # the gradient before each step is multiplied by these, one after another
 BATCH_ELEMENTS = 16 << 20  # float64 elements referenced at once: bounds the reference's own memory to ~0.7 GiB
+ON_DEVICE_ELEMENTS = 1 << 30  # of more than these, the expected parameters (8 bytes each) lie in the host's memory
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,12 @@ TOLERANCES = {
 }
 
 
+def tolerance_of(dtype: torch.dtype, update_error: float | None) -> Tolerance:
+    """That of a dtype, with another error of the update where one is given."""
+    usual = TOLERANCES[dtype]
+    return usual if update_error is None else Tolerance(usual.rounding, update_error)
+
+
 class CheckFailedError(RuntimeError):
     """A contender did not do AdamW."""
 
@@ -60,7 +67,8 @@ def expected(inputs: Inputs) -> list[torch.Tensor]:
     results = []
     for group in inputs.case.groups:
         own = list(itertools.islice(tensors, len(group.shapes)))
-        after = [torch.empty_like(param, dtype=torch.float64) for param, _ in own]
+        home = own[0][0].device if inputs.case.numel <= ON_DEVICE_ELEMENTS else torch.device("cpu")
+        after = [torch.empty_like(param, dtype=torch.float64, device=home) for param, _ in own]
         pieces = [
             piece
             for (param, grad), result in zip(own, after, strict=True)
@@ -127,6 +135,7 @@ def worst_ratio(
     worst = 0.0
     for got, start, want in zip(split(param), split(before), split(wanted), strict=True):
         # The parameter is rounded at its size on the way, so the larger of both ends plus a step counts.
+        want = want.to(got.device)
         size = torch.maximum(start.double().abs(), want.abs()).add_(lr)
         allowed = size.mul_(tolerance.rounding * steps).add_(tolerance.update * lr * steps)
         ratio = (got.double() - want).abs_().div_(allowed).max().item()

@@ -1,14 +1,18 @@
 """Who is measured: our backends and the peers, each with a reason where it cannot run.
 
-A new peer is one entry in `CONTENDERS`: how to build it, where it runs, what its kernels are called. Whether it is
-available is never declared but tried: it must build and step one small tensor of the device and dtype asked for.
+A new peer is one entry in `CONTENDERS`: how to build it, where it runs, what its kernels are called, how exact it means
+to be. Whether it is available is never declared but tried: it must build and step one small tensor of the device and
+dtype asked for. A peer's first step may compile its kernels (DeepSpeed with ninja, torchao with torch.compile).
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +28,9 @@ BETAS = (0.9, 0.95)
 EPS = 1e-8
 
 BACKEND_VARIABLE = "ADAMW_KERNELS_BACKEND"
+
+
+TRIAL_ELEMENTS = 16
 
 
 def do_nothing(*args: object, **kwargs: object) -> None:
@@ -48,6 +55,9 @@ class Contender:
         kernels: Full names of the functions that launch its kernels, and what stands in for each of them when only
             the host's work per tensor is timed. Empty where that cannot be told apart.
         is_ours: Whether it belongs to adamw_kernels.
+        distribution: The installed distribution it comes from.
+        update_errors: By dtype of the weights, the error of an update relative to lr that its check allows instead of
+            `check.TOLERANCES`: what its state's own rounding may do.
     """
 
     name: str
@@ -56,20 +66,39 @@ class Contender:
     devices: tuple[str, ...]
     kernels: tuple[tuple[str, Callable[..., object]], ...] = ()
     is_ours: bool = False
+    distribution: str = "torch"
+    update_errors: tuple[tuple[torch.dtype, float], ...] = ()
+
+    def update_error(self, dtype: torch.dtype) -> float | None:
+        """The entry of `update_errors`."""
+        return dict(self.update_errors).get(dtype)
+
+    def version(self) -> str:
+        """Version of its distribution, or empty if that is not installed."""
+        try:
+            return importlib.metadata.version(self.distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return ""
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it cannot step a `dtype` tensor on `device`, or None if it just did."""
         if device.type not in self.devices:
             return f"runs on {' and '.join(self.devices)}, not on {device.type}"
-        param = torch.nn.Parameter(torch.zeros(16, device=device, dtype=dtype))
+        return self.why_not_step(torch.zeros(TRIAL_ELEMENTS, device=device, dtype=dtype))
+
+    def why_not_step(self, weights: torch.Tensor) -> str | None:
+        """Why it cannot step these zeros, or None if it just did."""
+        param = torch.nn.Parameter(weights)
         param.grad = torch.ones_like(param)
         try:
             self.build([{"params": [param], "lr": 1e-3, "weight_decay": 0.0}]).step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        except Exception as error:  # any failure of a peer is a reason to leave it out, and is shown
-            return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        return None if bool((param != 0).all()) else "step() changed nothing"
+            if weights.device.type == "cuda":
+                torch.cuda.synchronize(weights.device)
+        except (Exception, SystemExit) as error:  # any failure of a peer is a reason to leave it out, and is shown
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            return f"{type(error).__name__}: {(lines or [''])[0]}"
+        local = getattr(param, "_local_tensor", param)
+        return None if bool((local != 0).all()) else "step() changed nothing"
 
     @contextlib.contextmanager
     def without_kernels(self) -> Iterator[None]:
@@ -102,6 +131,23 @@ def torch_adamw(**implementation: bool) -> Callable[..., Optimizer]:
     return build
 
 
+def peer(module: str, name: str, **fixed: object) -> Callable[..., Optimizer]:
+    """A builder of a peer's optimizer, imported when it is built; `fixed` are options that make it AdamW."""
+
+    def build(groups: ParamGroups, **options: object) -> Optimizer:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):  # some greet whoever imports them
+            warnings.simplefilter("ignore")
+            made: Callable[..., Optimizer] = getattr(importlib.import_module(module), name)
+            return made(groups, lr=1e-3, betas=BETAS, eps=EPS, **fixed, **options)  # optimi has no default lr
+
+    return build
+
+
+# Published moments of 8 bits scale blocks of 128 or 256 by their largest element, and small ones become 0: an update of
+# several lr. optimi keeps what bfloat16 weights lose in a bfloat16 of its own (Kahan summation), and its moments too.
+PUBLISHED_8BIT = ((torch.float32, 4.0), (torch.bfloat16, 4.0))
+KAHAN = ((torch.bfloat16, 0.35),)
+
 FOREACH_KERNELS = (
     *((f"torch._foreach_{name}_", do_nothing) for name in ("add", "mul", "lerp", "addcmul", "addcdiv", "div")),
     ("torch._foreach_sqrt", first_argument),
@@ -119,6 +165,7 @@ CONTENDERS: dict[str, Contender] = {
             devices=("cpu",),
             kernels=(("adamw_kernels.backends.CpuBackend.launch", do_nothing),),
             is_ours=True,
+            distribution="adamw_kernels",
         ),
         Contender(
             name="ours_triton",
@@ -127,6 +174,7 @@ CONTENDERS: dict[str, Contender] = {
             devices=("cuda",),
             kernels=(("adamw_kernels.triton_kernels.TritonBackend.launch", do_nothing),),
             is_ours=True,
+            distribution="adamw_kernels",
         ),
         Contender(
             name="ours_cuda",
@@ -135,6 +183,7 @@ CONTENDERS: dict[str, Contender] = {
             devices=("cuda",),
             kernels=(("adamw_kernels.backends.CudaBackend.launch", do_nothing),),
             is_ours=True,
+            distribution="adamw_kernels",
         ),
         Contender(
             name=BASELINE,
@@ -150,19 +199,88 @@ CONTENDERS: dict[str, Contender] = {
             devices=("cpu", "cuda"),
             kernels=FOREACH_KERNELS,
         ),
+        Contender(
+            name="apex",
+            title="apex FusedAdam",
+            build=peer("apex.optimizers", "FusedAdam", adam_w_mode=True),
+            devices=("cuda",),
+            kernels=(("apex.optimizers.fused_adam.multi_tensor_applier", do_nothing),),
+            distribution="apex",
+        ),
+        Contender(
+            name="transformer_engine",
+            title="TransformerEngine FusedAdam",
+            build=peer("transformer_engine.pytorch.optimizers", "FusedAdam", adam_w_mode=True),
+            devices=("cuda",),
+            kernels=(("transformer_engine.pytorch.optimizers.fused_adam.multi_tensor_applier", do_nothing),),
+            distribution="transformer-engine",
+        ),
+        Contender(
+            name="deepspeed",
+            title="DeepSpeed FusedAdam",
+            build=peer("deepspeed.ops.adam", "FusedAdam", adam_w_mode=True),
+            devices=("cpu", "cuda"),
+            kernels=(("deepspeed.ops.adam.fused_adam.multi_tensor_applier", do_nothing),),
+            distribution="deepspeed",
+            update_errors=((torch.bfloat16, 4e-2),),
+        ),
+        Contender(
+            name="deepspeed_cpu",
+            title="DeepSpeedCPUAdam",
+            build=peer("deepspeed.ops.adam", "DeepSpeedCPUAdam", adamw_mode=True),
+            devices=("cpu",),
+            distribution="deepspeed",
+        ),
+        Contender(
+            name="bitsandbytes_8bit",
+            title="bitsandbytes AdamW8bit",
+            build=peer("bitsandbytes.optim", "AdamW8bit"),
+            devices=("cpu", "cuda"),
+            distribution="bitsandbytes",
+            update_errors=PUBLISHED_8BIT,
+        ),
+        Contender(
+            name="torchao_8bit",
+            title="torchao AdamW8bit",
+            build=peer("torchao.optim", "AdamW8bit"),
+            devices=("cpu", "cuda"),
+            distribution="torchao",
+            update_errors=PUBLISHED_8BIT,
+        ),
+        Contender(
+            name="optimi",
+            title="optimi AdamW",
+            build=peer("optimi", "AdamW"),
+            devices=("cpu", "cuda"),
+            distribution="torch-optimi",
+            update_errors=KAHAN,
+        ),
+        Contender(
+            name="flashoptim",
+            title="flashoptim FlashAdamW",
+            build=peer("flashoptim", "FlashAdamW"),
+            devices=("cuda",),
+            distribution="flashoptim",
+            update_errors=PUBLISHED_8BIT,
+        ),
     )
 }
+
+_reasons: dict[tuple[str, torch.device, torch.dtype], str | None] = {}
 
 
 def available(
     device: torch.device, dtype: torch.dtype, only: list[str] | None = None
 ) -> tuple[list[Contender], dict[str, str]]:
-    """The contenders that run on `device` with `dtype`, and the reason for each that does not."""
+    """The contenders that run on `device` with `dtype`, and the reason for each that does not. Each is tried once."""
     running, reasons = [], {}
     for contender in CONTENDERS.values():
         if only and contender.name not in only:
             continue
-        reason = contender.unavailable(device, dtype)
+        key = contender.name, device, dtype
+        if key not in _reasons:
+            _reasons[key] = contender.unavailable(device, dtype)
+        reason = _reasons[key]
         if reason is None:
             running.append(contender)
         else:

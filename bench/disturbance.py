@@ -1,7 +1,8 @@
-"""How much of the machine others used while something was timed: what makes a row trustworthy, or not.
+"""How much of the machine others used while something was timed, and at which clock: what makes a row trustworthy.
 
-Counted from the kernel's CPU clocks (Linux): what all CPUs spent, time stolen by a hypervisor included, less what this
-process spent. On an idle machine it is below 0.05 cores.
+Others are counted from the kernel's CPU clocks (Linux): what all CPUs spent, time stolen by a hypervisor included, less
+what this process spent. On an idle machine it is below 0.05 cores. Clock rates are read right after the rounds, before
+the device idles; a virtual machine tells its nominal one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+import torch
+
+from bench import machine
+
 NOTICEABLE_CORES = 0.1
 
 
@@ -19,9 +24,17 @@ class Disturbance:
 
     Attributes:
         other_cores: CPU seconds of others per second, once left; None where the system does not tell.
+        clock_mhz: Clock of the CPU's cores or of the GPU's multiprocessors, once left; None likewise.
+        memory_mhz: Clock of a GPU's memory; None for CPUs.
     """
 
     other_cores: float | None = None
+    clock_mhz: float | None = None
+    memory_mhz: float | None = None
+
+    def __init__(self, device: torch.device) -> None:
+        """Nothing is read yet."""
+        self._device = device
 
     def __enter__(self) -> Disturbance:
         """Notes the clocks."""
@@ -31,10 +44,11 @@ class Disturbance:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Takes the difference."""
-        machine, own, elapsed = machine_seconds(), time.process_time(), time.perf_counter() - self._started
-        if machine is not None and self._machine is not None:
-            others = (machine - self._machine) - (own - self._own)
+        total, own, elapsed = machine_seconds(), time.process_time(), time.perf_counter() - self._started
+        if total is not None and self._machine is not None:
+            others = (total - self._machine) - (own - self._own)
             self.other_cores = max(0.0, others / elapsed)
+        self.clock_mhz, self.memory_mhz = machine.clocks(self._device)
 
 
 def machine_seconds() -> float | None:

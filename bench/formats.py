@@ -1,13 +1,12 @@
 """Time and bytes of a warm step in every storage format, beside torch's fused AdamW and the low-memory optimizers.
 
-One tensor, far larger than any cache, so that a pass over memory is what is timed. Everybody steps copies of the same
-values: our formats and torch in the dtype that their row names. All in one run, interleaved, each checked against
-float64 AdamW first.
+One tensor, in copies that take turns where a cache would hold it, so that a pass over memory is what is timed.
+Everybody steps copies of the same values: our formats and torch in the dtype that their row names. All in one run,
+interleaved with the roof's kernels, each checked against float64 AdamW first.
 """
 
 from __future__ import annotations
 
-import importlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from bench import check, inputs, rows, timing, traffic
+from bench import check, inputs, machine, roof, rotation, rows, timing, traffic
 from bench.cases import Case, Group
-from bench.contenders import BETAS, EPS, Contender, Optimizer, ParamGroups, ours, torch_adamw
+from bench.contenders import CONTENDERS, Contender, Optimizer, ParamGroups, ours
 from bench.disturbance import Disturbance
 from bench.throughput import MAX_ROUNDS, MIN_ROUNDS
 
@@ -50,10 +49,8 @@ class Entry:
 
 # float32 moments: as check.py. bfloat16: torch's, and ours, which round by chance. 8 bits: three roundings of m and of
 # v, whose codes are up to 10 % apart where a group spans 32 octaves, and beyond them v is kept too large: the worst of
-# 16 Mi elements strays 0.24 lr a step. Published ones scale blocks of 128 or 256 by their largest element, and small
-# ones become 0.
+# 16 Mi elements strays 0.24 lr a step.
 ERRORS = {"float32": 1e-4, "bfloat16": 4e-2, "8bit": 0.35}
-PUBLISHED_8BIT = 4.0
 
 OUR_FORMATS = (
     *((NARROW, "native", moments) for moments in ("float32", "bfloat16", "8bit")),
@@ -64,14 +61,31 @@ OUR_FORMATS = (
 )
 
 
-def peer(module: str, name: str) -> Callable[..., Optimizer]:
-    """A builder of a peer's optimizer, imported when it is built."""
-
-    def build(groups: ParamGroups, **options: object) -> Optimizer:
-        made: Callable[..., Optimizer] = getattr(importlib.import_module(module), name)
-        return made(groups, lr=1e-3, betas=BETAS, eps=EPS, **options)  # optimi has no default lr
-
-    return build
+# Formats of the others in our words for weights ("native" where only the weight is kept) and in theirs for moments.
+PEER_FORMATS: dict[torch.dtype, dict[str, tuple[str, str]]] = {
+    WIDE: {
+        "torch_fused": ("native", "float32"),
+        "apex": ("native", "float32"),
+        "transformer_engine": ("native", "float32"),
+        "deepspeed": ("native", "float32"),
+        "deepspeed_cpu": ("native", "float32"),
+        "torchao_8bit": ("native", "int8"),
+        "bitsandbytes_8bit": ("native", "int8"),
+        "flashoptim": ("native", "int8"),
+        "optimi": ("native", "float32"),
+    },
+    NARROW: {
+        "torch_fused": ("native", "bfloat16"),
+        "apex": ("native", "float32"),
+        "transformer_engine": ("native", "float32"),
+        "deepspeed": ("native", "bfloat16"),
+        "deepspeed_cpu": ("native", "float32"),
+        "torchao_8bit": ("native", "int8"),
+        "bitsandbytes_8bit": ("native", "int8"),
+        "flashoptim": ("split24", "int8"),
+        "optimi": ("kahan", "bfloat16"),
+    },
+}
 
 
 def entries(device: torch.device) -> Iterator[Entry]:
@@ -88,27 +102,19 @@ def entries(device: torch.device) -> Iterator[Entry]:
                 (device.type,),
                 ERRORS[moment_format],
             )
-    everywhere = ("cpu", "cuda")
     for dtype in (WIDE, NARROW):
-        own = traffic.name_of(dtype)
-        yield Entry("torch_fused", dtype, "native", own, torch_adamw(fused=True), everywhere, 4e-2)
-        yield Entry(
-            "torchao_8bit", dtype, "native", "int8", peer("torchao.optim", "AdamW8bit"), everywhere, PUBLISHED_8BIT
-        )
-        yield Entry(
-            "bitsandbytes_8bit",
-            dtype,
-            "native",
-            "int8",
-            peer("bitsandbytes.optim", "AdamW8bit"),
-            everywhere,
-            PUBLISHED_8BIT,
-        )
-        yield Entry("flashoptim", dtype, "split24", "int8", peer("flashoptim", "FlashAdamW"), ("cuda",), PUBLISHED_8BIT)
-    # Its weights' lost bits go into a float of their own dtype (Kahan summation). With that, updates of bfloat16
-    # weights stray up to 0.26 lr a step; without, they pass at 4e-2, and in float32 at 1e-4.
-    yield Entry("optimi", WIDE, "native", "float32", peer("optimi", "AdamW"), everywhere, ERRORS["float32"])
-    yield Entry("optimi", NARROW, "kahan", "bfloat16", peer("optimi", "AdamW"), everywhere, 0.35)
+        for name, (param_format, moment_format) in PEER_FORMATS[dtype].items():
+            contender = CONTENDERS[name]
+            error = contender.update_error(dtype)
+            yield Entry(
+                name,
+                dtype,
+                param_format,
+                moment_format,
+                contender.build,
+                contender.devices,
+                check.TOLERANCES[dtype].update if error is None else error,
+            )
 
 
 def with_formats(build: Callable[..., Optimizer], param_format: str, moment_format: str) -> Callable[..., Optimizer]:
@@ -133,6 +139,8 @@ def measure(device: torch.device, *, seconds: float) -> tuple[list[rows.Row], di
         The rows, and why those who are left out are.
     """
     running: dict[str, tuple[Entry, Optimizer, float]] = {}
+    steps: dict[str, Callable[[], object]] = {}
+    share = machine.available_bytes(device) / 2 / len(list(entries(device)))  # of the memory, for one's copies
     reasons: dict[str, str] = {}
     masters = {dtype: inputs.draw(CASE, device, dtype) for dtype in (WIDE, NARROW)}
     truths = {dtype: check.expected(masters[dtype]) for dtype in masters}
@@ -153,14 +161,20 @@ def measure(device: torch.device, *, seconds: float) -> tuple[list[rows.Row], di
             print(f"  {key}: {failure}", file=sys.stderr, flush=True)
             continue
         running[key] = entry, optimizer, error
-    with Disturbance() as others:
+        touched = traffic.bytes_touched(optimizer)
+        copies = min(rotation.copies_of(CASE.numel, touched, device), max(1, int(share / (touched * CASE.numel))))
+        steps[key] = rotation.take_turns(optimizer, entry.build, masters[entry.dtype], copies)
+    kernels = roof.kernels(device)
+    with Disturbance(device) as others:
         samples = timing.interleave(
-            {key: optimizer.step for key, (_, optimizer, _) in running.items()},
+            {**steps, **kernels},
             device=device,
             seconds=seconds,
             min_rounds=MIN_ROUNDS,
             max_rounds=MAX_ROUNDS,
         )
+    measured_roof = roof.pick(device, {kernel: samples[kernel].device for kernel in kernels})
+    assert measured_roof is not None
     baselines = {
         dtype: samples[f"torch_fused {traffic.name_of(dtype)} native {traffic.name_of(dtype)}"].device
         for dtype in (WIDE, NARROW)
@@ -174,6 +188,7 @@ def measure(device: torch.device, *, seconds: float) -> tuple[list[rows.Row], di
             for dtype, baseline in baselines.items()
         }
         moved = traffic.bytes_per_param(optimizer)
+        gb_s = moved * CASE.numel / time.median / 1e9
         kept = sum(tensor.nbytes for tensor in (*traffic.parameters(optimizer), *traffic.state_tensors(optimizer)))
         result.append(
             rows.FormatRow(
@@ -189,12 +204,17 @@ def measure(device: torch.device, *, seconds: float) -> tuple[list[rows.Row], di
                 median_us=time.median * 1e6,
                 p20_us=time.p20 * 1e6,
                 p80_us=time.p80 * 1e6,
-                gb_s=moved * CASE.numel / time.median / 1e9,
+                gb_s=gb_s,
+                roof_kernel=measured_roof.kernel,
+                roof_gb_s=measured_roof.gb_s,
+                pct_roof=100 * gb_s / measured_roof.gb_s,
                 speedup_over_torch_float32=speedups[WIDE].median,
                 speedup_over_torch_bfloat16=speedups[NARROW].median,
                 checked_steps=len(check.STEP_FACTORS),
                 check_error=error,
                 other_cores=others.other_cores,
+                clock_mhz=others.clock_mhz,
+                memory_mhz=others.memory_mhz,
             )
         )
     return result, reasons

@@ -1,25 +1,32 @@
 """Cost of the host's side of a warm step: nanoseconds per tensor, fixed microseconds, and what is allocated.
 
-Every tensor has one element, so a step is almost only host work. `full` rows are the whole step: an upper bound.
-`python` rows are the same with the functions that launch kernels replaced by ones that do nothing: what is paid per
-tensor whatever the kernels do. (What a launch itself costs is in `full` alone.) Both are taken with the gradients of
-the step before ("same") and with other gradient tensors ("moved"), as training loops that call `zero_grad()` produce
-them; the exchange itself is not timed. Samples are interleaved over all contenders; each is the second of two
-steps in a row, so that the step is warm and not the first after somebody else's. A GPU is never waited for inside one.
+Every tensor has one element, so a step is almost only host work. Tensors are plain ones, and DTensors in a world of
+one process, which is what FSDP2 hands to an optimizer (of which a rank holds one shard each). `full` rows are the
+whole step: an upper bound. `python` rows are the same with the functions that launch kernels replaced by ones that do
+nothing: what is paid per tensor whatever the kernels do. (What a launch itself costs is in `full` alone.) Both are
+taken with the gradients of the step before ("same") and with other gradient tensors ("moved"), as training loops that
+call `zero_grad()` produce them; the exchange itself is not timed. Samples are interleaved over all contenders; each is
+the second of two steps in a row, so that the step is warm and not the first after somebody else's. A GPU is never
+waited for inside one.
+
+Before anything is timed, every weight is compared with float64 AdamW's after the warm-up.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
-from bench import allocations, contenders, rows
+from bench import allocations, check, contenders, rows
 from bench.allocations import Allocations
-from bench.contenders import Contender, Optimizer
+from bench.contenders import BETAS, EPS, TRIAL_ELEMENTS, Contender, Optimizer
 from bench.disturbance import Disturbance
 from bench.timing import Spread, spread
 
@@ -28,6 +35,10 @@ WARM_UP_STEPS = 5
 MIN_ROUNDS = 21
 MAX_ROUNDS = 301
 GRAD_SETS = {"same": 1, "moved": 2}
+KINDS = ("tensor", "dtensor")
+WEIGHT, GRAD, LR, WEIGHT_DECAY = 1.0, 1e-2, 1e-3, 0.1
+
+Wrap = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -36,6 +47,7 @@ class Bench:
 
     Attributes:
         contender: Who steps.
+        kind: "tensor" or "dtensor".
         tensors: How many tensors.
         grads: "same" or "moved".
         optimizer: The optimizer, warm.
@@ -45,6 +57,7 @@ class Bench:
     """
 
     contender: Contender
+    kind: str
     tensors: int
     grads: str
     optimizer: Optimizer
@@ -72,14 +85,64 @@ class Bench:
         hand_over(self.params, next(self.grad_sets))
 
 
-def measure(device: torch.device, *, seconds: float, only: list[str] | None = None) -> list[rows.Row]:
-    """Measures every available contender in float32 and returns its rows."""
-    running, _ = contenders.available(device, torch.float32, only)
-    benches = [
-        build(contender, tensors, grads, device) for tensors in TENSORS for grads in GRAD_SETS for contender in running
-    ]
+def measure(
+    device: torch.device, *, seconds: float, only: list[str] | None = None, kinds: tuple[str, ...] = KINDS
+) -> tuple[list[rows.Row], dict[str, str]]:
+    """Measures every available contender in float32.
+
+    Returns:
+        Its rows, and why others have none.
+    """
+    running, reasons = contenders.available(device, torch.float32, only)
+    result: list[rows.Row] = []
+    for kind in kinds:
+        with wrapper(kind, device) as wrap:
+            stepping = []
+            for contender in running:
+                reason = contender.why_not_step(wrap(torch.zeros(TRIAL_ELEMENTS, device=device)))
+                if reason is None:
+                    stepping.append(contender)
+                else:
+                    reasons[f"{contender.name}, {kind}"] = reason
+            result += measure_kind(kind, wrap, stepping, device, seconds / len(kinds), reasons)
+    return result, reasons
+
+
+@contextlib.contextmanager
+def wrapper(kind: str, device: torch.device) -> Iterator[Wrap]:
+    """What makes tensors of a kind; for DTensors inside a process group of this process alone."""
+    if kind == "tensor":
+        yield lambda tensor: tensor
+        return
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh(device.type, (1,))
+        yield lambda tensor: DTensor.from_local(tensor, mesh, [Shard(0)], run_check=False)
+    finally:
+        dist.destroy_process_group()
+
+
+def measure_kind(
+    kind: str, wrap: Wrap, running: list[Contender], device: torch.device, seconds: float, reasons: dict[str, str]
+) -> list[rows.Row]:
+    """Measures these contenders on tensors of one kind; adds to `reasons` whoever fails its check."""
+    benches = []
+    for tensors, grads, contender in itertools.product(TENSORS, GRAD_SETS, running):
+        if f"{contender.name}, {kind}" in reasons:
+            continue
+        bench = build(contender, kind, wrap, tensors, grads, device)
+        error = check_weights(bench)
+        if error is None:
+            benches.append(bench)
+        else:
+            reasons[f"{contender.name}, {kind}"] = error
+            print(f"  {contender.name}, {kind}: {error}. It was not timed.", file=sys.stderr, flush=True)
+    benches = [bench for bench in benches if f"{bench.contender.name}, {kind}" not in reasons]
     share = seconds / (2 * len(TENSORS) * len(GRAD_SETS))
-    with Disturbance() as others:
+    with Disturbance(device) as others:
         for tensors, grads, mode in itertools.product(TENSORS, GRAD_SETS, ("full", "python")):
             chosen = [bench for bench in benches if (bench.tensors, bench.grads) == (tensors, grads)]
             if mode == "python":
@@ -91,19 +154,37 @@ def measure(device: torch.device, *, seconds: float, only: list[str] | None = No
         counted = {(bench.tensors, bench.grads): bench.count_allocations() for bench in own}
         for grads, mode in itertools.product(GRAD_SETS, ("full", "python")):
             series = [bench for bench in own if bench.grads == grads and mode in bench.seconds]
-            result += rows_of(series, mode, counted, other_cores=others.other_cores)
+            result += rows_of(series, mode, counted, others)
     return result
 
 
-def build(contender: Contender, tensors: int, grads: str, device: torch.device) -> Bench:
+def build(contender: Contender, kind: str, wrap: Wrap, tensors: int, grads: str, device: torch.device) -> Bench:
     """Builds and warms up one contender."""
-    params = [torch.nn.Parameter(torch.full((1,), 1.0, device=device)) for _ in range(tensors)]
-    sets = [[torch.full((1,), 1e-2, device=device) for _ in params] for _ in range(GRAD_SETS[grads])]
+    params = [torch.nn.Parameter(wrap(torch.full((1,), WEIGHT, device=device))) for _ in range(tensors)]
+    sets = [[wrap(torch.full((1,), GRAD, device=device)) for _ in params] for _ in range(GRAD_SETS[grads])]
     hand_over(params, sets[0])
-    optimizer = contender.build([{"params": params, "lr": 1e-3, "weight_decay": 0.1}])
+    optimizer = contender.build([{"params": params, "lr": LR, "weight_decay": WEIGHT_DECAY}])
     for _ in range(WARM_UP_STEPS):
         optimizer.step()
-    return Bench(contender, tensors, grads, optimizer, params, itertools.cycle(sets))
+    return Bench(contender, kind, tensors, grads, optimizer, params, itertools.cycle(sets))
+
+
+def check_weights(bench: Bench) -> str | None:
+    """What is wrong with the weights after the warm-up, or None if they are float64 AdamW's."""
+    truth = torch.nn.Parameter(torch.full((1,), WEIGHT, dtype=torch.float64))
+    truth.grad = torch.full_like(truth, GRAD)
+    reference = torch.optim.AdamW(
+        [truth], lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, foreach=False, fused=False
+    )
+    for _ in range(WARM_UP_STEPS):
+        reference.step()
+    allowed = check.tolerance_of(torch.float32, bench.contender.update_error(torch.float32))
+    limit = WARM_UP_STEPS * (allowed.rounding * WEIGHT + allowed.update * LR)
+    weights = torch.cat([getattr(param, "_local_tensor", param).detach() for param in bench.params])
+    error = (weights.double() - truth.item()).abs().max().item()
+    if not error <= limit:  # NaN fails too
+        return f"after {WARM_UP_STEPS} steps a weight is {error:.3g} off float64 AdamW's; allowed are {limit:.3g}"
+    return None
 
 
 def hand_over(params: list[torch.nn.Parameter], grads: list[torch.Tensor]) -> None:
@@ -124,7 +205,7 @@ def sample_rounds(benches: list[Bench], mode: str, device: torch.device, seconds
 
 
 def rows_of(
-    series: list[Bench], mode: str, counted: dict[tuple[int, str], Allocations], *, other_cores: float | None
+    series: list[Bench], mode: str, counted: dict[tuple[int, str], Allocations], others: Disturbance
 ) -> list[rows.Row]:
     """Rows of one contender in one mode: one per number of tensors, all with the same fit."""
     times = [spread(bench.seconds[mode]) for bench in series]
@@ -134,6 +215,7 @@ def rows_of(
     return [
         rows.HostRow(
             contender=bench.contender.name,
+            kind=bench.kind,
             mode=mode,
             grads=bench.grads,
             tensors=bench.tensors,
@@ -146,7 +228,9 @@ def rows_of(
             allocations=counted[bench.tensors, bench.grads].buffers,
             new_tensors=counted[bench.tensors, bench.grads].tensors,
             allocated_bytes=counted[bench.tensors, bench.grads].bytes,
-            other_cores=other_cores,
+            other_cores=others.other_cores,
+            clock_mhz=others.clock_mhz,
+            memory_mhz=others.memory_mhz,
         )
         for bench, time in zip(series, times, strict=True)
     ]

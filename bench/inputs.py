@@ -30,7 +30,7 @@ class Inputs:
     grads: list[torch.Tensor]
 
     def clone_groups(self) -> ParamGroups:
-        """Parameter groups of fresh `nn.Parameter`s with fresh gradients."""
+        """Parameter groups of fresh `nn.Parameter`s with fresh gradients, in memory of their own."""
         tensors = zip(self.params, self.grads, strict=True)
         return [
             {
@@ -43,7 +43,7 @@ class Inputs:
 
 
 def draw(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
-    """Draws a case's parameters and gradients from a normal distribution."""
+    """Draws a case's parameters and gradients from a normal distribution; rows without a gradient get zeros."""
     generator = torch.Generator(device).manual_seed(SEED)
 
     def normal(scale: float) -> list[torch.Tensor]:
@@ -52,7 +52,12 @@ def draw(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
             for shape in case.shapes
         ]
 
-    return Inputs(case, normal(PARAM_SCALE), normal(GRAD_SCALE))
+    params, grads = normal(PARAM_SCALE), normal(GRAD_SCALE)
+    for grad in grads:
+        if case.grad_rows < 1 and grad.dim() > 1:
+            rows = torch.rand(grad.shape[0], device=device, generator=generator)
+            grad[rows >= case.grad_rows] = 0
+    return Inputs(case, params, grads)
 
 
 def parameter(param: torch.Tensor, grad: torch.Tensor) -> torch.nn.Parameter:

@@ -83,7 +83,7 @@ def measure_workload(
             continue
         loop.get_ready(masters)
         loops.append((loop, verdict))
-    with Disturbance() as others:
+    with Disturbance(device) as others:
         samples = timing.interleave(
             {loop.name: loop.step for loop, _ in loops},
             device=device,
@@ -92,9 +92,7 @@ def measure_workload(
             max_rounds=MAX_ROUNDS,
         )
     baseline = next((loop for loop, _ in loops if loop.name == workloads.USUAL), None)
-    result: list[rows.Row] = [
-        loop_row(masters, loop, verdict, samples, baseline, other_cores=others.other_cores) for loop, verdict in loops
-    ]
+    result: list[rows.Row] = [loop_row(masters, loop, verdict, samples, baseline, others) for loop, verdict in loops]
     return result, failures
 
 
@@ -104,8 +102,7 @@ def loop_row(
     verdict: Verdict,
     samples: dict[str, Samples],
     baseline: Loop | None,
-    *,
-    other_cores: float | None,
+    others: Disturbance,
 ) -> rows.LoopRow:
     """One side's row."""
     case, own = masters.case, samples[loop.name]
@@ -140,5 +137,7 @@ def loop_row(
         checked_steps=verdict.steps,
         check_error=verdict.error,
         norm_error=verdict.norm_error,
-        other_cores=other_cores,
+        other_cores=others.other_cores,
+        clock_mhz=others.clock_mhz,
+        memory_mhz=others.memory_mhz,
     )

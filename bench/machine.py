@@ -16,6 +16,7 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
+COUNTS = RESULTS / "counts"  # rows that depend on compiler, Python and torch, and on no machine's speed
 
 SETTINGS = (
     "ADAMW_KERNELS_BACKEND",
@@ -125,6 +126,52 @@ def gpu_driver() -> str:
     """Version of the NVIDIA driver, or empty."""
     lines = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
     return lines[0].strip() if lines else ""
+
+
+def clocks(device: torch.device) -> tuple[float | None, float | None]:
+    """Present clock rates in MHz, of cores or multiprocessors and of a GPU's memory; None where they cannot be read."""
+    if device.type == "cuda":
+        fields = gpu_query(device, "clocks.sm,clocks.mem")
+        rates = [float(field) if re.fullmatch(r"[\d.]+", field) else None for field in fields]
+        return (rates[0], rates[1]) if len(rates) == 2 else (None, None)
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return None, None
+    found = [float(rate) for rate in re.findall(r"(?m)^cpu MHz\s*:\s*([\d.]+)", text)]
+    return (sum(found) / len(found) if found else None), None
+
+
+def gpu_query(device: torch.device, names: str) -> list[str]:
+    """What nvidia-smi says about a GPU, field by field; empty where it says nothing."""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    which = () if uuid is None else ("-i", f"GPU-{uuid}")  # its numbers are not CUDA_VISIBLE_DEVICES'
+    answer = output_of("nvidia-smi", *which, f"--query-gpu={names}", "--format=csv,noheader,nounits")
+    lines = answer.splitlines()
+    return [field.strip() for field in lines[0].split(",")] if lines else []
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last-level cache; where the system does not tell, 64 MiB."""
+    if device.type == "cuda":
+        return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20))
+    largest = 0
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        size = re.fullmatch(r"(\d+)([KM]?)", path.read_text().strip())
+        if size:
+            largest = max(largest, int(size[1]) << {"": 0, "K": 10, "M": 20}[size[2]])
+    return largest or 64 << 20
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can be had now; where the system does not tell, 4 GiB."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    try:
+        found = re.search(r"(?m)^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        found = None
+    return int(found[1]) << 10 if found else 4 << 30
 
 
 def package_version() -> str:

@@ -9,7 +9,8 @@ step reaches it already. So what is subtracted is what was resident before the m
 trained the same way, which loads all code and starts all threads; weights and state, whose sizes are known, are
 subtracted from the rest. On a GPU the peak is the CUDA allocator's, work space of the matrix products included.
 
-Nothing is reported before it is checked: the losses must fall, and be those of the same training with torch's AdamW.
+Nothing is reported before it is checked: the losses must fall, and be those of the same training with torch's AdamW;
+those of optimizers with moments of 8 bits nearly.
 """
 
 from __future__ import annotations
@@ -39,10 +40,12 @@ ITERATIONS = 4
 LR = 1e-5
 SEED = 2017
 MIB = 1 << 20
+LIMIT_S = 300  # of one training
 
 # Measured: torch's own implementations differ by 1e-7, FusedAdamW from them by 2e-6. A loss is a fifth below the one
 # before; a training that left out a matrix would be off by 1e-2, one that left out the biases by 1e-4.
 LOSS_TOLERANCE = 3e-5
+COARSE_LOSS_TOLERANCE = 3e-2  # for whom the check of a step allows whole learning rates (`Contender.update_errors`)
 
 # Memory that is freed goes back to the system at once, so that the mark is what was alive and not what malloc kept.
 CHILD_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": str(1 << 16)}
@@ -94,7 +97,7 @@ class Chain(torch.nn.Module):
 
 
 def measure(device: torch.device, *, only: list[str] | None = None) -> tuple[list[rows.Row], list[str]]:
-    """Trains with torch's fused AdamW and with each of our backends, gradients kept and released.
+    """Trains with every contender, and with each of our backends with gradients kept and released.
 
     Returns:
         Rows, and one line for every training that failed or whose losses are wrong.
@@ -108,12 +111,11 @@ def measure(device: torch.device, *, only: list[str] | None = None) -> tuple[lis
     except MeasurementError as failure:
         return [], [f"{BASELINE}: {failure}"]
     for contender in running:
-        if contender.name != BASELINE and not contender.is_ours:
-            continue
         for released in (False, True) if contender.is_ours else (False,):
             try:
                 peak = wanted if contender.name == BASELINE else run_process(contender, device, released=released)
-                error = check_losses(peak, wanted.losses)
+                coarse = (contender.update_error(torch.float32) or 0.0) >= 1.0
+                error = check_losses(peak, wanted.losses, COARSE_LOSS_TOLERANCE if coarse else LOSS_TOLERANCE)
             except MeasurementError as failure:
                 failures.append(f"{contender.name}, gradients {spell(released)}: {failure}")
                 continue
@@ -125,24 +127,32 @@ def run_process(contender: Contender, device: torch.device, *, released: bool) -
     """Trains in a new process."""
     command = [sys.executable, "-m", "bench.memory", contender.name, spell(released)]
     command += ["--device", str(device), "--threads", str(torch.get_num_threads())]
-    finished = subprocess.run(
-        command, cwd=REPOSITORY, env={**os.environ, **CHILD_SETTINGS}, capture_output=True, text=True
-    )
+    try:
+        finished = subprocess.run(
+            command,
+            cwd=REPOSITORY,
+            env={**os.environ, **CHILD_SETTINGS},
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise MeasurementError(f"took more than {LIMIT_S} s") from None
     if finished.returncode != 0:
         raise MeasurementError((finished.stderr.strip().splitlines() or [f"exit status {finished.returncode}"])[-1])
     return Peak(**json.loads(finished.stdout.splitlines()[-1]))
 
 
-def check_losses(peak: Peak, wanted: list[float]) -> float:
+def check_losses(peak: Peak, wanted: list[float], tolerance: float = LOSS_TOLERANCE) -> float:
     """The largest relative difference of a loss.
 
     Raises:
-        MeasurementError: It is above `LOSS_TOLERANCE`, or a loss did not fall.
+        MeasurementError: It is above `tolerance`, or a loss did not fall.
     """
     if not all(after < before for before, after in zip(peak.losses, peak.losses[1:], strict=False)):
         raise MeasurementError(f"the losses {peak.losses} do not fall")
     error = max(abs(loss / want - 1) for loss, want in zip(peak.losses, wanted, strict=True))
-    if not error <= LOSS_TOLERANCE:
+    if not error <= tolerance:
         raise MeasurementError(f"the losses {peak.losses} are not those of torch's AdamW, {wanted}")
     return error
 

@@ -31,6 +31,7 @@ class ThroughputRow:
         bytes_per_param: Bytes a one-pass step must read and write per parameter with this state (`traffic.py`).
         rounds: Number of interleaved rounds, each one sample.
         steps_per_sample: Steps timed together in a sample; times are per step.
+        copies: Optimizers that took turns, each on tensors of its own, so that no cache holds the next one's.
         median_us: Median time of a step: CUDA events on a GPU, wall-clock on a CPU.
         p20_us: 20th percentile.
         p80_us: 80th percentile.
@@ -45,6 +46,8 @@ class ThroughputRow:
         checked_steps: Steps compared with float64 AdamW before timing.
         check_error: Largest error of a parameter after them, as a fraction of the tolerance (`check.py`).
         other_cores: Cores that other processes kept busy during the rounds (`disturbance.py`).
+        clock_mhz: Clock of the CPU's cores or the GPU's multiprocessors right after the rounds; empty if unreadable.
+        memory_mhz: Clock of the GPU's memory; empty for CPUs.
     """
 
     file: ClassVar[str] = "throughput.csv"
@@ -59,6 +62,7 @@ class ThroughputRow:
     bytes_per_param: float
     rounds: int
     steps_per_sample: int
+    copies: int
     median_us: float
     p20_us: float
     p80_us: float
@@ -73,6 +77,8 @@ class ThroughputRow:
     checked_steps: int
     check_error: float
     other_cores: float | None
+    clock_mhz: float | None
+    memory_mhz: float | None
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,7 @@ class HostRow:
 
     Attributes:
         contender: Name of the optimizer.
+        kind: "tensor", or "dtensor": shards in a world of one process, as FSDP2 hands them over.
         mode: "full", or "python" with the kernels replaced by functions that do nothing.
         grads: "same" gradient tensors as in the step before, or "moved": others, as after `zero_grad()`.
         tensors: Number of tensors.
@@ -129,11 +136,14 @@ class HostRow:
         new_tensors: Tensors that dispatched operators returned during one step, in-place results not counted.
         allocated_bytes: Bytes of those buffers.
         other_cores: Cores that other processes kept busy during the rounds.
+        clock_mhz: Clock of the CPU's cores or the GPU's multiprocessors right after the rounds; empty if unreadable.
+        memory_mhz: Clock of the GPU's memory; empty for CPUs.
     """
 
     file: ClassVar[str] = "host.csv"
 
     contender: str
+    kind: str
     mode: str
     grads: str
     tensors: int
@@ -147,6 +157,8 @@ class HostRow:
     new_tensors: int
     allocated_bytes: int
     other_cores: float | None
+    clock_mhz: float | None
+    memory_mhz: float | None
 
 
 @dataclass(frozen=True)
@@ -205,6 +217,8 @@ class LoopRow:
         check_error: Largest error of a weight or of its average after them, as a fraction of the tolerance.
         norm_error: Relative error of the gradients' norm against float64; empty if none is taken.
         other_cores: Cores that other processes kept busy during the rounds (`disturbance.py`).
+        clock_mhz: Clock of the CPU's cores or the GPU's multiprocessors right after the rounds; empty if unreadable.
+        memory_mhz: Clock of the GPU's memory; empty for CPUs.
     """
 
     file: ClassVar[str] = "loop.csv"
@@ -233,6 +247,8 @@ class LoopRow:
     check_error: float
     norm_error: float | None
     other_cores: float | None
+    clock_mhz: float | None
+    memory_mhz: float | None
 
 
 @dataclass(frozen=True)
@@ -317,11 +333,16 @@ class FormatRow:
         p20_us: 20th percentile.
         p80_us: 80th percentile.
         gb_s: 1e9 bytes a second, from moved_bytes_per_param and median_us.
+        roof_kernel: What the roof was measured with in the same rounds.
+        roof_gb_s: The roof: that kernel's peak.
+        pct_roof: gb_s as a percentage of roof_gb_s.
         speedup_over_torch_float32: Time of torch's fused AdamW on float32 over this one's, median of the ratios.
         speedup_over_torch_bfloat16: The same of torch's on bfloat16 weights, whose moments are bfloat16 too.
         checked_steps: Steps compared with float64 AdamW before timing.
         check_error: Largest error of a parameter after them, as a fraction of the tolerance.
         other_cores: Cores that other processes kept busy during the rounds.
+        clock_mhz: Clock of the CPU's cores or the GPU's multiprocessors right after the rounds; empty if unreadable.
+        memory_mhz: Clock of the GPU's memory; empty for CPUs.
     """
 
     file: ClassVar[str] = "formats.csv"
@@ -339,11 +360,16 @@ class FormatRow:
     p20_us: float
     p80_us: float
     gb_s: float
+    roof_kernel: str
+    roof_gb_s: float | None
+    pct_roof: float | None
     speedup_over_torch_float32: float
     speedup_over_torch_bfloat16: float
     checked_steps: int
     check_error: float
     other_cores: float | None
+    clock_mhz: float | None
+    memory_mhz: float | None
 
 
 @dataclass(frozen=True)
@@ -408,6 +434,179 @@ class InstructionRow:
     h200_bound: str
 
 
+@dataclass(frozen=True)
+class PeerRow:
+    """Whether one optimizer could be measured here (`contenders.py`): it was built and stepped one small tensor.
+
+    Attributes:
+        contender: Name of the optimizer.
+        dtype: dtype of parameter and gradient.
+        distribution: Which installed distribution it comes from.
+        version: Of that distribution; empty where it is not installed.
+        available: 1 if it stepped.
+        reason: Why not; empty if it did.
+    """
+
+    file: ClassVar[str] = "peers.csv"
+
+    contender: str
+    dtype: str
+    distribution: str
+    version: str
+    available: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class SkippedRow:
+    """What was asked for and not measured.
+
+    Attributes:
+        command: Of `python -m bench`.
+        case: Name of the case.
+        dtype: dtype of parameters and gradients.
+        contender: Name of the optimizer; "all" if the case was left out.
+        reason: Why.
+    """
+
+    file: ClassVar[str] = "skipped.csv"
+
+    command: str
+    case: str
+    dtype: str
+    contender: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class HotPathRow:
+    """One count of the warm step (`hot_path.py`). Nothing is timed.
+
+    Attributes:
+        name: What is counted.
+        per: "step", "tensor" or "element".
+        count: The count.
+        bound: What a test lets it be at most.
+        tool: What counted: "callgrind", "opcodes" or "allocations".
+        isa: Vector instruction set of the kernels; empty where none ran.
+    """
+
+    file: ClassVar[str] = "hot_path.csv"
+
+    name: str
+    per: str
+    count: float
+    bound: float
+    tool: str
+    isa: str
+
+
+@dataclass(frozen=True)
+class ProfileRow:
+    """Instructions of one function in a warm step (`profile.py`), callees not included.
+
+    Attributes:
+        grads: "same" gradient tensors as in the step before, or "moved".
+        tensors: Number of tensors of one element.
+        place: Rank, 1 for the most.
+        function: Its name.
+        library: File it is in.
+        instructions_per_tensor: Instructions it executed in one step, per tensor.
+        share: Percentage of all instructions of the step.
+    """
+
+    file: ClassVar[str] = "profile.csv"
+
+    grads: str
+    tensors: int
+    place: int
+    function: str
+    library: str
+    instructions_per_tensor: float
+    share: float
+
+
+@dataclass(frozen=True)
+class BitsRow:
+    """One storage format stepped on a CPU and on another path from the same inputs (`bits.py`).
+
+    Attributes:
+        backend: The other path's backend.
+        against: The path it was compared with.
+        param: dtype of the weights.
+        grad: dtype of the gradients.
+        param_format: How weights are stored.
+        moment_format: How moments are stored.
+        options: What else was switched on.
+        tensors: Number of tensors.
+        elements: Number of elements.
+        steps: Steps taken.
+        differing: Elements of weights and state whose bits differ.
+    """
+
+    file: ClassVar[str] = "bits.csv"
+
+    backend: str
+    against: str
+    param: str
+    grad: str
+    param_format: str
+    moment_format: str
+    options: str
+    tensors: int
+    elements: int
+    steps: int
+    differing: int
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One GPU kernel in a warm step, as a profiler saw it (`kernels.py`).
+
+    Attributes:
+        case: Name of the case.
+        dtype: dtype of parameters and gradients.
+        contender: Name of the optimizer.
+        kernel: Its name.
+        launches: Launches a step.
+        median_us: Median time on the device.
+        source: Which profiler: "CUPTI", or "ncu" for counters.
+        counters: name=value joined by spaces; empty where counters cannot be read.
+    """
+
+    file: ClassVar[str] = "kernels.csv"
+
+    case: str
+    dtype: str
+    contender: str
+    kernel: str
+    launches: float
+    median_us: float
+    source: str
+    counters: str
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One stage of `make gpu-report` (`gpu_report.py`).
+
+    Attributes:
+        stage: Its name.
+        outcome: "passed", "failed", "out of time" or "not run".
+        seconds: What it took.
+        limit: What it was given.
+        detail: What it said, or why it was not run.
+    """
+
+    file: ClassVar[str] = "stages.csv"
+
+    stage: str
+    outcome: str
+    seconds: float
+    limit: float
+    detail: str
+
+
 Row = (
     ThroughputRow
     | RoofRow
@@ -419,8 +618,16 @@ Row = (
     | FormatRow
     | CurveRow
     | InstructionRow
+    | PeerRow
+    | SkippedRow
+    | HotPathRow
+    | ProfileRow
+    | BitsRow
+    | KernelRow
+    | StageRow
 )
-ROW_TYPES: tuple[type[Row], ...] = (
+RowType = type[Row]
+ROW_TYPES: tuple[RowType, ...] = (
     ThroughputRow,
     RoofRow,
     HostRow,
@@ -431,6 +638,13 @@ ROW_TYPES: tuple[type[Row], ...] = (
     FormatRow,
     CurveRow,
     InstructionRow,
+    PeerRow,
+    SkippedRow,
+    HotPathRow,
+    ProfileRow,
+    BitsRow,
+    KernelRow,
+    StageRow,
 )
 
 

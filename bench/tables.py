@@ -1,4 +1,4 @@
-"""README's tables of measurements, written from rows and from nothing else: `python -m bench tables`.
+"""The READMEs' tables of measurements, written from rows and from nothing else: `python -m bench tables`.
 
 A table stands between `<!-- rows: NAME -->` and `<!-- end of rows -->`; all else of the file is left alone.
 `tests/test_bench_tables.py` asserts that README says what the committed rows say.
@@ -14,9 +14,11 @@ from typing import Any
 
 from bench import rows
 from bench.curves import RUNS
+from bench.machine import COUNTS
 from bench.quality import FORMATS
 
 README = Path(__file__).resolve().parents[1] / "README.md"
+FILES = (README, Path(__file__).resolve().parent / "README.md")
 Record = dict[str, Any]
 
 CASES = {
@@ -34,6 +36,10 @@ WORKLOADS = {
 }
 PEERS = {
     "torch_fused": "torch AdamW (fused)",
+    "apex": "apex FusedAdam",
+    "transformer_engine": "TransformerEngine FusedAdam",
+    "deepspeed": "DeepSpeed FusedAdam",
+    "deepspeed_cpu": "DeepSpeedCPUAdam",
     "torchao_8bit": "torchao AdamW8bit",
     "bitsandbytes_8bit": "bitsandbytes AdamW8bit",
     "flashoptim": "flashoptim FlashAdamW",
@@ -204,8 +210,20 @@ def accuracy(folder: Path) -> str:
     return table(["lr, λ, β2", "FusedAdamW", "torch.optim.AdamW", "factor"], body)
 
 
+def profile(folder: Path) -> str:
+    """Where the instructions of a warm step go, with the gradients of the step before; whatever the machine."""
+    found = rows.read(COUNTS, rows.ProfileRow)
+    last = max((row["run"] for row in found), default="")
+    records = [row for row in found if row["run"] == last and row["grads"] == "same"]
+    body = [
+        [f"`{row['function']}`", row["library"], f"{row['instructions_per_tensor']:.0f}", f"{row['share']:.1f} %"]
+        for row in records
+    ]
+    return table(["function", "in", "instructions a tensor", "share"], body)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
-    function.__name__: function for function in (throughput, loop, formats, quality, curves, accuracy)
+    function.__name__: function for function in (throughput, loop, formats, quality, curves, accuracy, profile)
 }
 
 

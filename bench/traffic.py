@@ -23,6 +23,14 @@ def bytes_per_param(optimizer: torch.optim.Optimizer) -> float:
     return (2 * params + grads + 2 * state) / sum(param.numel() for param in parameters(optimizer))
 
 
+def bytes_touched(optimizer: torch.optim.Optimizer) -> float:
+    """Bytes of parameter, gradient and state per parameter, once the optimizer's state exists."""
+    params = list(parameters(optimizer))
+    grads = sum(param.grad.nbytes for param in params if param.grad is not None)
+    state = sum(tensor.nbytes for tensor in state_tensors(optimizer))
+    return (sum(param.nbytes for param in params) + grads + state) / sum(param.numel() for param in params)
+
+
 def state_dtype(optimizer: torch.optim.Optimizer) -> str:
     """The dtypes of the state, e.g. "float32" or "float32+int16"."""
     return "+".join(sorted({name_of(tensor.dtype) for tensor in state_tensors(optimizer)}))
