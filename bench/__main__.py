@@ -454,7 +454,8 @@ def describe(row: rows.Row) -> str:
         return f"{row.stage:14} {row.outcome:12} {row.seconds:6.1f} of {row.limit:.0f} s  {row.detail}"
     if isinstance(row, rows.HostRow):
         return (
-            f"{row.contender:18} {row.kind:7} {row.mode:6} grads {row.grads:5} {row.tensors:5} tensors {row.median_us:9.1f} us  "
+            f"{row.contender:18} {row.kind:7} {row.mode:6} grads {row.grads:5} {row.tensors:5} tensors "
+            f"{row.median_us:9.1f} us  "
             f"fit {row.ns_per_tensor:7.1f} ns/tensor + {row.fixed_us:6.1f} us  "
             f"{row.allocations} buffers, {row.new_tensors} new tensors"
         )
