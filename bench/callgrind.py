@@ -62,7 +62,7 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
 
 
-def count(names: Sequence[str], *, isa: str = "avx2", limit_s: float = 300.0) -> dict[str, Profile]:
+def count(names: Sequence[str], *, isa: str = "avx2", limit_s: float = 900.0) -> dict[str, Profile]:
     """One call of each warm step of these names, on one thread.
 
     Raises:

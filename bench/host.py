@@ -28,7 +28,7 @@ from bench import allocations, check, contenders, rows
 from bench.allocations import Allocations
 from bench.contenders import BETAS, EPS, TRIAL_ELEMENTS, Contender, Optimizer
 from bench.disturbance import Disturbance
-from bench.timing import Spread, spread
+from bench.timing import PATIENCE, Spread, spread
 
 TENSORS = (100, 1000, 2000)
 WARM_UP_STEPS = 5
@@ -194,10 +194,11 @@ def hand_over(params: list[torch.nn.Parameter], grads: list[torch.Tensor]) -> No
 
 
 def sample_rounds(benches: list[Bench], mode: str, device: torch.device, seconds: float) -> None:
-    """Takes one sample of every bench a round."""
+    """Takes one sample of every bench a round; fewer than MIN_ROUNDS where they take longer than PATIENCE allows."""
     started = time.perf_counter()
     for number in range(MAX_ROUNDS):
-        if number >= MIN_ROUNDS and time.perf_counter() - started > seconds:
+        elapsed = time.perf_counter() - started
+        if number and elapsed > seconds and (number >= MIN_ROUNDS or elapsed > PATIENCE * seconds):
             break
         for bench in benches:
             with bench.contender.without_kernels() if mode == "python" else contextlib.nullcontext():

@@ -68,8 +68,8 @@ def output_of(*command: str, text: str = "") -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, input=text).stdout
 
 
-def update_kernels() -> Iterator[tuple[str, str, str, int]]:
-    """Target, mangled name, SASS and registers of every update in the extension module."""
+def update_kernels(targets: tuple[str, ...]) -> Iterator[tuple[str, str, str, int]]:
+    """Target, mangled name, SASS and registers of every update in the extension module, if none is named for all."""
     module = importlib.import_module("adamw_kernels._C").__file__
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([tool("cuobjdump"), "-xelf", "all", str(module)], check=True, capture_output=True, cwd=folder)
@@ -77,6 +77,8 @@ def update_kernels() -> Iterator[tuple[str, str, str, int]]:
         if not cubins:
             raise UnavailableError("the extension module holds no CUDA code: build it where there is an nvcc")
         for cubin in cubins:
+            if targets and not any(re.search(rf"{target}\b", cubin.name) for target in targets):
+                continue
             usage = output_of(tool("cuobjdump"), "-res-usage", str(cubin))
             registers = dict(re.findall(r"Function (\w+):\s*REG:(\d+)", usage))
             sections = re.split(r"(?m)^\.text\.([\w$]+):", output_of(tool("nvdisasm"), "-ndf", "-c", str(cubin)))[1:]
@@ -252,13 +254,13 @@ def variants(name: str) -> list[Variant]:
     return [Variant(param, grad, stored, param_format) for param_format in formats]
 
 
-def measure() -> list[InstructionRow]:
-    """A row for every target, update and parameter format.
+def measure(*targets: str) -> list[InstructionRow]:
+    """A row for every target (or these, such as "sm_90"), update and parameter format.
 
     Raises:
         UnavailableError: there is no CUDA code to read, or nothing to read it with.
     """
-    kernels = list(update_kernels())
+    kernels = list(update_kernels(targets))
     names = plain_names([mangled for _, mangled, _, _ in kernels])
     rows = []
     for (target, _, sass, registers), name in zip(kernels, names, strict=True):
