@@ -54,6 +54,7 @@ class TensorWatch {
     dlpack::Device device = {};
   };
   struct StateItem {              // one tensor of a parameter's state
+    bool is_sharded = false;      // a DTensor
     PyObject* key = nullptr;      // owned
     PyObject* object = nullptr;   // borrowed, a hint like the next
     const void* hint = nullptr;   // see prefetch()
@@ -71,8 +72,8 @@ class TensorWatch {
                 const std::vector<int64_t>& grad_dtypes);
   void release();
   bool read(PyObject* tensor, dlpack::Tensor* out) const;
-  void* data_of(PyObject* tensor) const;
-  PyObject* local_of(PyObject* tensor) const;
+  void* data_of(PyObject* tensor, bool is_sharded) const;
+  PyObject* local_of(PyObject* tensor, bool is_sharded) const;
   PyObject* grad_of(const Param& param, PyObject* object) const;
   bool is_sharded_alike(Param* param, PyObject* grad) const;
   bool params_unchanged(PyObject* param_groups, PyObject* params, PyObject* grads, PyObject* odd);
