@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from adamw_kernels.agreement import Agreement, all_reduce, shares_of
+
 # Words of the structs Signals and Decision in csrc/launch_table.h.
 SIGNALS = 4  # float64: grad_scale, found_inf, max_skip_norm, skip_nonfinite
 DECISION_SKIP, DECISION_SKIPPED_STEPS, DECISION_NORM, DECISION_INV_SCALE, DECISION_NORMS = range(5)
@@ -70,6 +72,7 @@ class StepControl:
     Attributes:
         measures: whether a norm is wanted; without, only a loss scaler's signals count.
         num_norms: one, or one a group.
+        agreement: between the processes that decide together, or None.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class StepControl:
         num_norms: int = 1,
         skip_nonfinite: bool = False,
         max_skip_norm: float | torch.Tensor | None = None,
+        agreement: Agreement | None = None,
     ) -> None:
         """Nothing is allocated before a device is known.
 
@@ -87,7 +91,9 @@ class StepControl:
             num_norms: how many.
             skip_nonfinite: skip a step whose gradients hold inf or NaN.
             max_skip_norm: skip a step whose norm is larger, or NaN.
+            agreement: between the processes that decide together.
         """
+        self.agreement = agreement
         self.measures = measures
         self.num_norms = num_norms
         self._skip_nonfinite = skip_nonfinite
@@ -173,28 +179,28 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
     target.copy_(source, non_blocking=target.device.type != "cpu")
 
 
-def add_up(totals: Sequence[torch.Tensor], domains: Sequence[NormDomain]) -> None:
+def add_up(totals: Sequence[torch.Tensor], domains: Sequence[NormDomain], agreement: Agreement | None = None) -> None:
     """Add the devices' totals up in their order, and over the processes; every device gets the sums.
 
     Args:
         totals: per device, float64: one sum of squares a domain, then found_inf as 0 or 1. Overwritten.
         domains: what they belong to.
+        agreement: between the processes; None: nobody asks whether there is any.
+
+    Raises:
+        RuntimeError: as `Agreement.reduce`.
     """
     first, *others = totals
     for other in others:
         part = torch.empty_like(first)
         _copy(part, other)
         first += part
-    groups = dict.fromkeys(group for domain in domains for group in domain.process_groups)
-    for group in groups:
-        # The signal, at the end, concerns everybody: who must skip here must skip everywhere.
-        members = [i for i, domain in enumerate(domains) if group in domain.process_groups] + [len(domains)]
-        if len(members) == len(first):
-            torch.distributed.all_reduce(first, group=group)
-        else:
-            part = torch.stack([first[i] for i in members])
-            torch.distributed.all_reduce(part, group=group)
-            for i, value in zip(members, part.unbind(), strict=True):
-                first[i] = value
+    # The signal, at the end, concerns everybody: who must skip here must skip everywhere.
+    shares = shares_of([domain.process_groups for domain in domains])
+    if agreement is not None:
+        agreement.reduce(first, shares)
+    else:
+        for group, members in shares.items():
+            all_reduce(first, members, group)
     for other in others:
         _copy(other, first)

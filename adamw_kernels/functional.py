@@ -13,7 +13,7 @@ from adamw_kernels.control import NormDomain, StepControl
 from adamw_kernels.formats import DTYPE_CODES, GROUP, compute_dtype, grad_dtypes
 from adamw_kernels.hyperparameters import Hyperparameters, check_hyperparameters
 from adamw_kernels.launch_table import LaunchPlan, TensorSpec
-from adamw_kernels.sharding import shard_groups
+from adamw_kernels.sharding import description, shard_groups
 from adamw_kernels.tensor_watch import EMPTY_GRADIENT, same_layout
 
 # --- what a tensor may be -------------------------------------------------------------------------------------------
@@ -33,6 +33,11 @@ def local_view(tensor: torch.Tensor) -> torch.Tensor:
 
 def local_param(name: str, param: torch.Tensor) -> torch.Tensor:
     """The local view of a parameter that can be updated in place; raises as `check_param`."""
+    if any(placement.is_partial() for placement in getattr(param, "placements", ())):
+        raise ValueError(
+            f"{name} is {description(param)}: only the sum over the processes means something; expected Shard or "
+            "Replicate. Use `.redistribute()`."
+        )
     if param.is_conj():
         raise ValueError(f"{name} is a lazily conjugated view; expected plain memory. Use `.resolve_conj()`.")
     local = local_view(param)

@@ -10,6 +10,7 @@ import torch
 from torch._compile import _disable_dynamo
 
 from adamw_kernels import backends
+from adamw_kernels.agreement import Agreement, shares_of
 from adamw_kernels.control import NormDomain, StepControl
 from adamw_kernels.formats import DLPACK_DTYPES, DTYPE_CODES
 from adamw_kernels.functional import chooser, grad_address, is_capturing, is_dense, local_grad
@@ -79,14 +80,14 @@ class _Meter:
         self._process_group = process_group
         self._watch = watch_tensors([{"params": params}], {}, slots, dtypes)
 
-    def measure_anew(self) -> torch.Tensor:
+    def measure_anew(self, agreement: Agreement) -> torch.Tensor:
         """The norm of the gradients that were there when the meter was made."""
         self._plan.write_grads([grad_address(local) for local in self._grads])
-        norm = self._launch()
+        norm = self._launch(agreement)
         self._grads = []
         return norm
 
-    def measure(self, params: list[torch.Tensor]) -> torch.Tensor | None:
+    def measure(self, params: list[torch.Tensor], agreement: Agreement) -> torch.Tensor | None:
         """The norm of the gradients that are there now; None if the tables do not fit them."""
         found = self._watch.sweep([{"params": params}], {})
         if found is None:
@@ -106,9 +107,10 @@ class _Meter:
                 return None
             self._plan.write_grad(row, grad_address(local))
             kept.append(local)
-        return self._launch()
+        return self._launch(agreement)
 
-    def _launch(self) -> torch.Tensor:
+    def _launch(self, agreement: Agreement) -> torch.Tensor:
+        self._control.agreement = agreement
         self._plan.measure()
         self._plan.tables[0].launch(DECIDE)
         return self._control.verdicts[0].norm(self._dtype)
@@ -150,7 +152,8 @@ def grad_norm(
         A scalar on the first gradient's device, float64 if a gradient is, else float32. Zero if there is no gradient.
 
     Raises:
-        RuntimeError: the norm is not finite and `error_if_nonfinite`; a sparse gradient.
+        RuntimeError: the norm is not finite and `error_if_nonfinite`; a sparse gradient; another process cannot read
+            one of its gradients (where gradients are on a CPU; on GPUs the norm is NaN here then).
         TypeError: a gradient's dtype.
         ValueError: another norm over a process group.
     """
@@ -169,22 +172,35 @@ def grad_norm(
         return total.full_tensor() if hasattr(total, "full_tensor") else total
     if not grads and not any(_all_shard_groups(params, process_group)):  # else other processes wait for this one
         return torch.tensor(0.0)
+    agreement = Agreement()  # of this call: who has measured these before, only each process knows
     with torch._C.DisableTorchFunctionSubclass():
-        key = (*map(id, params), id(process_group), backend)
-        norm = _meters[key].measure(params) if key in _meters else None
-        if norm is None:
-            _meters.pop(key, None)
-            meter = _Meter(params, process_group, backend)
-            norm = meter.measure_anew()
-            _meters[key] = meter
-            while len(_meters) > MAX_METERS:
-                _meters.pop(next(iter(_meters)), None)
+        try:
+            norm = _measure(params, process_group, backend, agreement)
+        except Exception as error:
+            shares = shares_of(_all_shard_groups(params, process_group))
+            if shares:
+                agreement.refuse(error, (), params[0].device if params else torch.device("cpu"), shares)
+            raise
     if error_if_nonfinite and not bool(norm.isfinite()):
         raise RuntimeError(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
             "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
             "`error_if_nonfinite=False`"
         )
+    return norm
+
+
+def _measure(params: list[torch.Tensor], process_group: Any, backend: str, agreement: Agreement) -> torch.Tensor:
+    """The norm, by tables that fit or new ones."""
+    key = (*map(id, params), id(process_group), backend)
+    norm = _meters[key].measure(params, agreement) if key in _meters else None
+    if norm is None:
+        _meters.pop(key, None)
+        meter = _Meter(params, process_group, backend)
+        norm = meter.measure_anew(agreement)
+        _meters[key] = meter
+        while len(_meters) > MAX_METERS:
+            _meters.pop(next(iter(_meters)), None)
     return norm
 
 

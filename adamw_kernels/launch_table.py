@@ -577,4 +577,5 @@ class LaunchPlan:
             return
         for table in self.tables:
             table.launch(MEASURE, capturing=capturing)
-        add_up([table.totals for table in self.tables], self.domains)
+        agreement = None if self.control is None else self.control.agreement
+        add_up([table.totals for table in self.tables], self.domains, agreement)

@@ -13,6 +13,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, StateDict
 
 from adamw_kernels import backends, interchange
+from adamw_kernels.agreement import Agreement, compare
 from adamw_kernels.control import StepControl, Verdict
 from adamw_kernels.functional import is_capturing
 from adamw_kernels.loading import Loading
@@ -20,7 +21,7 @@ from adamw_kernels.options import FURTHER_OPTIONS, WHOLE_OPTIONS, check_options,
 from adamw_kernels.param_copies import ParamCopies
 from adamw_kernels.rules import INITIAL_LRS, LR_WHEN_ADDED, initial_lr_of
 from adamw_kernels.state import Formats, check_formats
-from adamw_kernels.stepper import Options, Stepper, param_name
+from adamw_kernels.stepper import Options, Stepper, describe, param_name
 
 if TYPE_CHECKING:
     from adamw_kernels.gradient_release import GradientRelease
@@ -46,6 +47,7 @@ class _Internals:
         self.guards = guards
         self.stepper: Stepper | None = None
         self.control: StepControl | None = None
+        self.agreement = Agreement()
         self.release: GradientRelease | None = None
         self.shows_averages = False
         self.warned = False  # of native 16-bit weights
@@ -214,6 +216,9 @@ class FusedOptimizer(Optimizer):
         Raises:
             ValueError, TypeError, RuntimeError: a tensor or hyperparameter that does not fit, naming the parameter,
                 what it was, what was expected and the way out. Then nothing was written.
+            RuntimeError: where norms, guards or a loss scaler's signals are reduced over processes: another process
+                cannot take the step, with its reason, or holds other parameters. On GPUs the former is skipped here
+                as an overflow is, because nothing waits for the device.
         """
         loss = None
         if closure is not None:
@@ -227,19 +232,25 @@ class FusedOptimizer(Optimizer):
     @_disable_dynamo
     def _update(self) -> None:
         """The step without its closure."""
-        self._refuse_while_averages_are_shown("step()")
         stepper = self._current_stepper()
         # Set by GradScaler, or by hand, for this step.
         scale, flag = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if self._internals.release is not None:
-            self._internals.release.finish_iteration(scaled=scale is not None or flag is not None)
+        signalled = scale is not None or flag is not None
         capturing = is_capturing()
+        self._internals.agreement.engaged = capturing  # a graph is no place to talk
         try:
-            stepper.step(scale, flag, capturing=capturing)
-        except KeyError:
-            if not self._complete_groups():  # set from outside, by somebody who knows torch's options only
-                raise
-            stepper.step(scale, flag, capturing=capturing)
+            self._refuse_while_averages_are_shown("step()")
+            if self._internals.release is not None:
+                self._internals.release.finish_iteration(scaled=signalled)
+            try:
+                stepper.step(scale, flag, capturing=capturing)
+            except KeyError:
+                if not self._complete_groups():  # set from outside, by somebody who knows torch's options only
+                    raise
+                stepper.step(scale, flag, capturing=capturing)
+        except Exception as error:
+            stepper.refuse(error, signalled=signalled)
+            raise
         if capturing:
             self._internals.captured.append(stepper.plan)
 
@@ -273,7 +284,7 @@ class FusedOptimizer(Optimizer):
         if before is None and not measures and not scaled:
             return None
         if before is None or (before.measures, before.num_norms) != (measures, num_norms):
-            own.control = StepControl(measures=measures, num_norms=num_norms, **own.guards)
+            own.control = StepControl(measures=measures, num_norms=num_norms, agreement=own.agreement, **own.guards)
             if before is not None:
                 own.control.adopt(before)
         return own.control
@@ -299,6 +310,25 @@ class FusedOptimizer(Optimizer):
             )
         if self._internals.release is not None:
             self._internals.release.upload_hyperparameters()
+
+    def check_ranks(self, process_group: Any = None) -> None:
+        """Compare the parameters with those of all other processes, which must call this too: once, after construction.
+
+        Names (where the optimizer was given any), dtypes, whole shapes and placements must be the same, in the same
+        order and groups. A step compares them by itself, once, where it reduces norms, guards or signals over
+        processes; without these it communicates nothing and cannot know. Then parameters in another order get other
+        random bits, replicas drift apart, and checkpoints are mixed up. What has neither a name nor a shape of its own
+        cannot be told apart: pass `model.named_parameters()` to the constructor.
+
+        Args:
+            process_group: whose processes hold the same parameters, by default all. A pipeline's stages do not: pass
+                the group of the stage.
+
+        Raises:
+            RuntimeError: on every process alike, naming the first parameter that differs and two ranks; or, after the
+                process group's time-out, that some process did not call this.
+        """
+        compare(describe(self.param_groups), process_group or torch.distributed.group.WORLD)
 
     # --- what the last step found -----------------------------------------------------------------------------------
 

@@ -43,3 +43,29 @@ def first_element(tensor: torch.Tensor, process_group: Any) -> int:
     for i in sharding:
         index = index * int(mesh.size(i)) + int(coordinate[i])
     return index * _FAR_APART
+
+
+def mesh_groups(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """The process groups of a DTensor's mesh, a dimension each; of any other tensor, none."""
+    mesh: Any = getattr(tensor, "device_mesh", None)
+    return () if mesh is None else tuple(mesh.get_group(i) for i in range(mesh.ndim))
+
+
+def on_one_mesh(a: Any, b: Any) -> bool:
+    """Whether two tensors are cut over the same processes in the same order, or both not: names do not matter."""
+    mesh, other = getattr(a, "device_mesh", None), getattr(b, "device_mesh", None)
+    if mesh is other:
+        return True
+    if mesh is None or other is None:
+        return False
+    return bool(mesh == other or (mesh.device_type == other.device_type and torch.equal(mesh.mesh, other.mesh)))
+
+
+def description(tensor: torch.Tensor) -> str:
+    """What all processes that hold a part of a tensor say of it alike."""
+    text = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+    placements: Any = getattr(tensor, "placements", None)
+    if placements is None:
+        return text
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    return f"{text} {', '.join(map(repr, placements))} on a mesh of {tuple(mesh.shape)}"

@@ -21,6 +21,7 @@ from adamw_kernels.functional import local_view
 from adamw_kernels.options import FORMAT_OPTIONS, FURTHER_OPTIONS, check_update_bound
 from adamw_kernels.packing import merge_weight, pack_moments, split_weight, unpack_moments
 from adamw_kernels.rules import moment_keys, rule_of
+from adamw_kernels.sharding import description, on_one_mesh
 from adamw_kernels.tensor_watch import STATE_KEYS, same_layout
 
 # Largest step count, a float32, that the kernels' repeated squaring covers. As a float32 it stops growing at 2^24
@@ -214,6 +215,8 @@ def check_adoptable(name: str, p: torch.Tensor, local: torch.Tensor, state: dict
                 f"{key} of {name} is on the meta device and has no values; expected a tensor that has. Load the state "
                 "again without mapping it to meta, or delete the entry to start anew."
             )
+        if key not in ("step", "exp_avg_sq_scale") and isinstance(state.get(key), torch.Tensor):
+            _check_placement(name, key, p, state[key])
     if "step" in known:
         step = state["step"]
         if isinstance(step, torch.Tensor) and step.numel() != 1:
@@ -259,6 +262,22 @@ def check_adoptable(name: str, p: torch.Tensor, local: torch.Tensor, state: dict
                 "memory layout. convert(moment_format='float32') before the parameter's layout is changed, or load "
                 "what export_state_dict() returns (and load_fp32_weights() what fp32_weights() does)."
             )
+
+
+def _check_placement(name: str, key: str, p: torch.Tensor, value: torch.Tensor) -> None:
+    """Refuse a state that is cut otherwise than its parameter: what lies here would belong to other elements.
+
+    Raises:
+        ValueError: naming both, and how each is cut.
+    """
+    placements = getattr(value, "placements", None)
+    fits = on_one_mesh(p, value) and placements == getattr(p, "placements", None)
+    if fits and (placements is None or key == "moment_groups" or value.shape == p.shape):
+        return
+    raise ValueError(
+        f"{key} of {name} is {description(value)}, the parameter {description(p)}; expected the same shape, placements "
+        "and mesh. Load it with torch.distributed.checkpoint, which cuts it anew, or delete the entry to start anew."
+    )
 
 
 def _check_codes(name: str, local: torch.Tensor, state: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ A `Stepper` steps the parameters it is shown: all of an optimizer's, or a single
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import operator
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from adamw_kernels.agreement import Roster
 from adamw_kernels.control import NormDomain, StepControl
 from adamw_kernels.formats import DLPACK_DTYPES, random_stream
 from adamw_kernels.functional import (
@@ -32,7 +34,7 @@ from adamw_kernels.launch_table import LaunchPlan, TensorSpec
 from adamw_kernels.options import FURTHER_OPTIONS, check_8bit_betas
 from adamw_kernels.param_copies import ParamCopies
 from adamw_kernels.rules import group_hyperparameters, initial_lr_of, moment_keys, read_groups, rule_of
-from adamw_kernels.sharding import first_element, shard_groups
+from adamw_kernels.sharding import description, first_element, mesh_groups, shard_groups
 from adamw_kernels.state import (
     check_adoptable,
     check_formats,
@@ -170,6 +172,19 @@ class Stepper:
             self._captured = self.plan
         del relaid
 
+    def refuse(self, error: Exception, *, signalled: bool) -> None:
+        """Tell other processes, where they would wait for this one, that `error` keeps it from taking the step."""
+        control = self.control = self._find_control(signalled)
+        if control is None or control.agreement is None or control.agreement.engaged:
+            return
+        with torch._C.DisableTorchFunctionSubclass():
+            try:
+                domains = self._domains()
+            except RuntimeError:  # raised on all
+                return
+            if any(domain.process_groups for domain in domains):
+                control.agreement.refuse(error, self._groups(domains), self._home() or torch.device("cpu"))
+
     def forget_recast(self, name: str, p: torch.Tensor) -> None:
         """Drop the remainder of a weight that was cast since the last step: bfloat16's and float16's look alike."""
         before = self.members.get(id(p))
@@ -305,6 +320,7 @@ class Stepper:
         self.control = self._find_control(signalled)
         with torch._C.DisableTorchFunctionSubclass():
             domains = self._domains()
+            self._enrol(domains)
             specs, grads, members = self._collect(keep_idle=True)
             try:
                 check_overlap(specs, grads)
@@ -317,7 +333,7 @@ class Stepper:
                 chooser(self.options.backend),
                 control=self.control,
                 domains=domains,
-                home=next((p.device for group in self.lists for p in group["params"]), None),
+                home=self._home(),
             )
             plan.hypers.write_all(hypers)
             slots, dtypes = [], []
@@ -334,6 +350,27 @@ class Stepper:
         self._structure, self._sizes, self._extended = structure, sizes, extended
         self._coded = [i for i, group in enumerate(self.groups) if _is_coded(group)]
         self._flat_shards = any(_is_flat_shard(p) for group in self.lists for p in group["params"])
+
+    def _home(self) -> torch.device | None:
+        """Where to decide if no parameter has a gradient."""
+        return next((p.device for group in self.lists for p in group["params"]), None)
+
+    def _enrol(self, domains: list[NormDomain]) -> None:
+        """Let the processes that will reduce together compare what they hold, in the first such step."""
+        if self.control is None or self.control.agreement is None or not any(d.process_groups for d in domains):
+            return
+        process_group = self.options.process_group
+        # Over a process group, plain tensors are each process's own. The stepper itself would keep its state alive.
+        lines = functools.partial(describe, self.lists, with_plain_tensors=process_group is None)
+        self.control.agreement.roster = Roster.of(lines, self._groups(domains), self.control.num_norms, process_group)
+
+    def _groups(self, domains: list[NormDomain]) -> dict[Any, None]:
+        """The process groups of all reductions and, because replicas must not drift apart, of whole meshes."""
+        groups = dict.fromkeys(group for domain in domains for group in domain.process_groups)
+        params = [p for group in self.lists for p in group["params"] if hasattr(p, "placements")]
+        for p in {id(p.device_mesh): p for p in params}.values():
+            groups |= dict.fromkeys(mesh_groups(p))
+        return groups
 
     def _name(self, group: int, index: int) -> str:
         return param_name(self.groups[group], self.place[0] + group, self.place[1] + index)
@@ -481,6 +518,16 @@ def _traits(options: dict[str, Any]) -> dict[str, Any]:
         clip=options["max_grad_norm"] is not None,
         ema_warmup=options["ema_decay"] is not None and bool(options["ema_warmup"]),
     )
+
+
+def describe(groups: list[dict[str, Any]], *, with_plain_tensors: bool = True) -> list[str]:
+    """A line a parameter, the same on every process that holds a part of it."""
+    return [
+        f"{param_name(group, index, i)}: {description(p)}"
+        for index, group in enumerate(groups)
+        for i, p in enumerate(group["params"])
+        if with_plain_tensors or hasattr(p, "placements")
+    ]
 
 
 def _is_extended(group: dict[str, Any]) -> bool:
