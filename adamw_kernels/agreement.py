@@ -96,6 +96,30 @@ class Agreement:
         self._digest = b""
         self._complaint: str | None = None  # the first that was heard in this step, our own included
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether processes have compared what they hold."""
+        return self._shares is not None
+
+    def settle(self, shares: Shares) -> None:
+        """Compare, the first time.
+
+        Args:
+            shares: as for `reduce`.
+
+        Raises:
+            RuntimeError: as `reduce`.
+        """
+        if shares and self._shares is None and self.roster is not None:
+            self.engaged = True
+            self._complaint = None
+            self._accept(shares, self.roster)
+
+    def _accept(self, shares: Shares, roster: Roster) -> None:
+        """Compare with whom nothing was compared yet; then what all have now is what was agreed upon."""
+        self._compare([group for group in roster.groups if group not in self._groups])
+        self._shares, self._groups, self._digest = shares, roster.groups, roster.digest
+
     def reduce(self, words: torch.Tensor, shares: Shares) -> None:
         """Sum up over the processes, in place.
 
@@ -109,13 +133,13 @@ class Agreement:
         self.engaged = True
         if not shares:
             return
+        self.settle(shares)
         self._complaint = None
         is_visible = self.is_visible(words.device)
         if self.roster is not None and (self._shares, self._digest) != (shares, self.roster.digest):
-            if self._shares is not None and is_visible:
+            if is_visible:
                 self._call(words.device)
-            self._compare([group for group in self.roster.groups if group not in self._groups])
-            self._shares, self._groups, self._digest = shares, self.roster.groups, self.roster.digest
+            self._accept(shares, self.roster)
         if not is_visible:
             for group, members in shares.items():
                 all_reduce(words, members, group)

@@ -5,6 +5,7 @@ A `Stepper` steps the parameters it is shown: all of an optimizer's, or a single
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from adamw_kernels.agreement import Roster
+from adamw_kernels.agreement import Roster, shares_of
 from adamw_kernels.control import NormDomain, StepControl
 from adamw_kernels.formats import DLPACK_DTYPES, random_stream
 from adamw_kernels.functional import (
@@ -123,6 +124,7 @@ class Stepper:
         self._captured: LaunchPlan | None = None  # that of the last graph
         self._flat_shards = False
         self._copies: list[int] = []  # addresses of the options' copies then
+        self._redistributed = False  # whether this step has placed gradients as their parameters are
         self._structure: list[Any] | None = None
         self._sizes: list[int] = []  # of the groups' dicts when the plan was built
         self._extended: list[bool] = []  # groups that had any of FURTHER_OPTIONS then
@@ -147,12 +149,14 @@ class Stepper:
         Raises:
             ValueError, TypeError, RuntimeError: as `FusedOptimizer.step`.
         """
+        self._redistributed = False
         signalled = grad_scale is not None or found_inf is not None
         sweep = None if signalled and self.control is None else self._sweep()
         if capturing:
             self._check_capture(sweep is not None)
         if sweep is None:
             self._build(signalled=signalled)
+            self._agree()
             sweep = self._sweep()
             assert sweep is not None, "a plan built a moment ago fits"
         params, _grads, relaid = sweep  # alive until the launch: their addresses are in the table
@@ -172,18 +176,39 @@ class Stepper:
             self._captured = self.plan
         del relaid
 
+    @torch.no_grad()
     def refuse(self, error: Exception, *, signalled: bool) -> None:
         """Tell other processes, where they would wait for this one, that `error` keeps it from taking the step."""
         control = self.control = self._find_control(signalled)
-        if control is None or control.agreement is None or control.agreement.engaged:
-            return
+        agreement = None if control is None else control.agreement
         with torch._C.DisableTorchFunctionSubclass():
+            if not self._redistributed and (agreement is None or agreement.is_settled):
+                self._redistribute_for_others()
+            if agreement is None or agreement.engaged:
+                return
             try:
                 domains = self._domains()
             except RuntimeError:  # raised on all
                 return
             if any(domain.process_groups for domain in domains):
-                control.agreement.refuse(error, self._groups(domains), self._home() or torch.device("cpu"))
+                agreement.refuse(error, self._groups(domains), self._home() or torch.device("cpu"))
+
+    def _redistribute_for_others(self) -> None:
+        """Take part in what the other processes do with gradients that are not placed as their parameters are."""
+        self._redistributed = True
+        for p in (p for group in self.lists for p in group["params"]):
+            with contextlib.suppress(Exception):  # the one that this process cannot redistribute, the others cannot
+                if p.grad is not None and _is_misplaced("", p):
+                    _redistributed_grad("", p)
+
+    def _agree(self) -> None:
+        """Before anything is communicated for the first time, compare what processes hold."""
+        agreement = None if self.control is None else self.control.agreement
+        if agreement is None or agreement.is_settled or self.plan is None:
+            return
+        plan, self.plan = self.plan, None  # if they disagree, the next step comes here again
+        agreement.settle(shares_of([domain.process_groups for domain in plan.domains]))
+        self.plan = plan
 
     def forget_recast(self, name: str, p: torch.Tensor) -> None:
         """Drop the remainder of a weight that was cast since the last step: bfloat16's and float16's look alike."""
@@ -293,6 +318,7 @@ class Stepper:
                 if grad.shape != local.shape or grad.device != local.device:
                     return None
                 read.append((member, p, local))
+            self._redistributed = True
             kept = [dense_grad(local, _redistributed_grad(member.name, p)) for member, p, local in read]
         for (member, _, _), grad in zip(read, kept, strict=True):
             self.plan.write_grad(member.row, grad_address(grad))

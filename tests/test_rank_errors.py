@@ -267,6 +267,45 @@ def assert_same_bits_of_shards(a: FusedAdamW, b: FusedAdamW) -> None:
 
 
 @scenario
+def gradients_that_must_be_redistributed(rank: int) -> None:
+    """Sums that are still to be made (sequence parallelism) are made on both ranks, also where one cannot step."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh = dist.init_device_mesh("cpu", (WORLD,))
+
+    def give_partial_sums(params: list[Any]) -> None:
+        for i, p in enumerate(params):
+            p.grad = DTensor.from_local(torch.full((3,), 1.0 + rank + i), mesh, [Partial()], run_check=False)
+
+    for options in (HYPER, dict(fused=True, **HYPER), dict(skip_nonfinite=True, **HYPER)):
+        weight, *params = sharded((6, 3)), *(sharded((3,), Replicate(), mesh) for _ in range(2))
+        judges = [torch.nn.Parameter(torch.arange(1.0, 4.0)) for _ in params]
+        opt, judge = FusedAdamW([weight, *params], **options), FusedAdamW(judges, **options)
+        taken = []
+        for step in range(4):
+            give_gradients(weight)
+            give_partial_sums(params)
+            for i, p in enumerate(judges):
+                p.grad = torch.full((3,), 3.0 + 2 * i)
+            spoil = spoilt(weight)[step][1]
+            if rank == step % WORLD:
+                spoil()
+            try:
+                opt.step()
+                taken.append(step)
+            except (RuntimeError, ValueError, TypeError) as error:
+                assert rank == step % WORLD or f"rank {step % WORLD} cannot take this step" in str(error), error
+            if options is HYPER and rank != step % WORLD:  # without norms nobody has to be asked
+                judge.step()
+            give_gradients(weight)
+            opt.step()
+            judge.step()
+            for p, q in zip(params, judges, strict=True):
+                assert torch.equal(whole(p), q), (options, step)
+        assert taken == ([step for step in range(4) if rank != step % WORLD] if options is HYPER else [])
+
+
+@scenario
 def hyperparameters_that_one_rank_cannot_use(rank: int) -> None:
     """What is checked before any tensor is looked at is told, too: a rate that is none, averages that are shown."""
     p = sharded((6, 3))
