@@ -144,10 +144,9 @@ class Agreement:
             for group, members in shares.items():
                 all_reduce(words, members, group)
             return
-        sums = words.clone()
-        while self._reduce(sums, shares):  # somebody called, and nothing was the matter
-            sums.copy_(words)
-        words.copy_(sums)
+        own = words.clone()
+        while self._reduce(words, shares):  # somebody called, and nothing was the matter
+            words.copy_(own)
 
     def refuse(
         self, error: Exception, groups: Iterable[Any], device: torch.device, shares: Shares | None = None
