@@ -179,7 +179,9 @@ class Stepper:
     @torch.no_grad()
     def refuse(self, error: Exception, *, signalled: bool) -> None:
         """Tell other processes, where they would wait for this one, that `error` keeps it from taking the step."""
-        control = self.control = self._find_control(signalled)
+        control = self._find_control(signalled)
+        if control is not self.control:
+            self.control, self.plan = control, None  # which knows of no other
         agreement = None if control is None else control.agreement
         with torch._C.DisableTorchFunctionSubclass():
             if not self._redistributed and (agreement is None or agreement.is_settled):

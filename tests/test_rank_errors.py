@@ -325,6 +325,23 @@ def hyperparameters_that_one_rank_cannot_use(rank: int) -> None:
 
 
 @scenario
+def the_first_signal_comes_with_an_error(rank: int) -> None:
+    """A plan that was built before there was a loss scaler is not taken for one that listens to it."""
+    p = sharded((6, 3))
+    opt = FusedAdamW([p], **HYPER)
+    give_gradients(p)
+    opt.step()
+    good = p.grad._local_tensor
+    opt.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
+    if rank == 0:
+        p.grad._local_tensor = good.to("meta")
+    assert_refused(opt, "is on meta", kinds=(ValueError, RuntimeError))
+    p.grad._local_tensor = good
+    opt.step()
+    assert opt.last_step_skipped and opt.state[p]["step"] == 1
+
+
+@scenario
 def both_cannot_take_the_step(rank: int) -> None:
     """Each raises its own error, and the next step is taken."""
     p = sharded((6, 3))
