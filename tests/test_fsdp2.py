@@ -18,7 +18,7 @@ from adamw_kernels import FusedAdamW
 WORLD = 2
 HYPER: dict[str, Any] = dict(lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
 
-SCENARIOS = scenario = Scenarios(__file__, WORLD, limit_s=90)
+SCENARIOS = scenario = Scenarios(__file__, WORLD, limit_s=180)
 
 
 def fully_sharded(model: Any, **options: Any) -> Any:

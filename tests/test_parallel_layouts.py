@@ -20,7 +20,7 @@ from adamw_kernels import FusedAdamW, grad_norm
 WORLD = 4
 HYPER: dict[str, Any] = dict(lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
 
-SCENARIOS = scenario = Scenarios(__file__, WORLD, limit_s=120)
+SCENARIOS = scenario = Scenarios(__file__, WORLD, limit_s=240)
 
 
 def fully_sharded(model: Any, mesh: Any) -> Any:

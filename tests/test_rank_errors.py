@@ -24,7 +24,7 @@ WORLD = 2
 HYPER: dict[str, Any] = dict(lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
 MEASURED: dict[str, Any] = dict(max_grad_norm=0.5, **HYPER)
 
-SCENARIOS = scenario = Scenarios(__file__, WORLD, limit_s=90, scenario_limit_s=20)
+SCENARIOS = scenario = Scenarios(__file__, WORLD, limit_s=180)
 
 
 def sharded(shape: tuple[int, ...], placement: Any = None, mesh: Any = None) -> Any:
