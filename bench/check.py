@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,8 +88,8 @@ def step_reference(group: Group, batch: list[tuple[torch.Tensor, ...]]) -> None:
     optimizer = torch.optim.AdamW(
         params, lr=group.lr, betas=BETAS, eps=EPS, weight_decay=group.weight_decay, foreach=False, fused=False
     )
-    for factor in STEP_FACTORS:
-        scale_grads(params, factor)
+    for factor in step_factors():
+        write_grads(params, [grad for _, grad, _ in batch], factor)
         optimizer.step()
     for param, (_, _, result) in zip(params, batch, strict=True):
         result.copy_(param.detach())
@@ -112,8 +112,8 @@ def check(optimizer: Optimizer, inputs: Inputs, truth: list[torch.Tensor], toler
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     lrs = [group.lr for group in inputs.case.groups for _ in group.shapes]
-    for factor in STEP_FACTORS:
-        scale_grads(params, factor)
+    for factor in step_factors():
+        write_grads(params, inputs.grads, factor)
         optimizer.step()
     worst = 0.0
     for index, (param, before, wanted, lr) in enumerate(zip(params, inputs.params, truth, lrs, strict=True)):
@@ -145,11 +145,16 @@ def worst_ratio(
     return worst
 
 
-def scale_grads(params: list[torch.nn.Parameter], factor: float) -> None:
-    """Multiplies every gradient in place."""
-    for param in params:
-        if param.grad is not None:
-            param.grad.mul_(factor)
+def step_factors() -> Iterator[float]:
+    """What the case's gradients are multiplied by before each step."""
+    return itertools.accumulate(STEP_FACTORS, lambda so_far, factor: so_far * factor)
+
+
+def write_grads(params: list[torch.nn.Parameter], grads: Sequence[torch.Tensor], factor: float) -> None:
+    """Writes every gradient anew, times `factor`: an optimizer may leave anything in them (optimi, Kahan sums)."""
+    for param, grad in zip(params, grads, strict=True):
+        assert param.grad is not None
+        torch.mul(grad, factor, out=param.grad)
 
 
 def split(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:

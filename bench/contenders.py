@@ -144,9 +144,8 @@ def peer(module: str, name: str, **fixed: object) -> Callable[..., Optimizer]:
 
 
 # Published moments of 8 bits scale blocks of 128 or 256 by their largest element, and small ones become 0: an update of
-# several lr. optimi keeps what bfloat16 weights lose in a bfloat16 of its own (Kahan summation), and its moments too.
+# several lr.
 PUBLISHED_8BIT = ((torch.float32, 4.0), (torch.bfloat16, 4.0))
-KAHAN = ((torch.bfloat16, 0.35),)
 
 FOREACH_KERNELS = (
     *((f"torch._foreach_{name}_", do_nothing) for name in ("add", "mul", "lerp", "addcmul", "addcdiv", "div")),
@@ -253,7 +252,6 @@ CONTENDERS: dict[str, Contender] = {
             build=peer("optimi", "AdamW"),
             devices=("cpu", "cuda"),
             distribution="torch-optimi",
-            update_errors=KAHAN,
         ),
         Contender(
             name="flashoptim",
