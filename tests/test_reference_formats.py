@@ -213,13 +213,13 @@ def test_upper_half_of_the_first_word_rounds_a_weight(dtype: str) -> None:
 # --- every float32 --------------------------------------------------------------------------------------------------
 
 # dtype, bits kept beyond the weight's, and ranges of biased exponents with the number of tiles, of 1,024 neighbours, of
-# which one is looked at: all 2^32 patterns where weights are exact; float16's all from 2^-39 to 2^17, beyond which they
-# are 0 or saturate; elsewhere a quarter or less, so that it takes seconds.
+# which one is looked at: all 2^32 patterns of split32; elsewhere a quarter, and of what is 0 or saturates in float16,
+# below 2^-39 and from 2^17 up, a sixteenth, so that it takes seconds.
 PATTERNS = {
     "bfloat16-split32": (0, 16, [(0, 256, 1)]),
     "bfloat16-split24": (0, 8, [(0, 256, 4)]),
     "bfloat16-stochastic": (0, 0, [(0, 256, 4)]),
-    "float16-split32": (1, 13, [(0, 88, 16), (88, 144, 1), (144, 256, 16)]),
+    "float16-split32": (1, 13, [(0, 256, 1)]),
     "float16-split24": (1, 8, [(0, 88, 16), (88, 144, 4), (144, 256, 16)]),
     "float16-stochastic": (1, 0, [(0, 88, 16), (88, 144, 4), (144, 256, 16)]),
 }

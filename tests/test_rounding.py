@@ -199,6 +199,22 @@ def test_bfloat16_moments_are_unbiased(device: torch.device) -> None:
         assert_unbiased(shares(rounded.exp_avg_sq), square, f"second moment {square}")
 
 
+# --- averages in bfloat16 -------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_averages_are_unbiased(device: torch.device) -> None:
+    """The average, which with a decay of 0 is the float32 weight, at every edge of bfloat16's binades."""
+    rounded = Rounded(device, ema=True)
+    rounded.grad.fill_(1.0)
+    for cut_off in (0.3125, 1 / 64):
+        for name, value in edges(*BINADES["bfloat16"], cut_off).items():
+            rounded.param.fill_(value)
+            rounded.ema.zero_()
+            rounded.update(BETAS_OF_ZERO, ema_decay=0.0)
+            assert rounded.param[0].item() == value
+            assert_unbiased(shares(rounded.ema), value, f"average {name}, {cut_off}")
+
+
 # --- moments in 8 bits ----------------------------------------------------------------------------------------------
 
 # Two of 16 neighbours set the group's ranges; the draws are the others'.
