@@ -19,6 +19,7 @@ from bench import (
     callgrind,
     contenders,
     curves,
+    footprint,
     formats,
     host,
     hot_path,
@@ -65,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         "bits": [run_bits],
         "kernels": [run_kernels],
         "formats": [run_formats],
+        "footprint": [run_footprint],
         "curves": [run_curves],
         "plot": [run_plot],
         "tables": [run_tables],
@@ -149,12 +151,13 @@ def parser() -> argparse.ArgumentParser:
         ("host", "Python cost per tensor and allocations of a warm step"),
         ("accuracy", "error of the weights against float64 AdamW"),
         ("quality", "errors of the moments' storage formats, ours and published ones"),
-        ("instructions", "SASS instructions and bytes per element of every compiled CUDA update; needs no GPU"),
+        ("instructions", "SASS instructions and bytes per element of every compiled update; needs no GPU"),
         ("hotpath", "instructions, opcodes and allocations of a warm step beside their bounds; nothing is timed"),
         ("profile", "instructions of a warm step function by function; nothing is timed"),
         ("bits", "whether this device's paths store the CPU's bits, format by format"),
         ("kernels", "time and, where readable, counters of every GPU kernel of a step"),
         ("formats", "time of a step in every storage format, beside low-memory optimizers"),
+        ("footprint", "bytes that weights and state take from the allocator in every storage format"),
         ("curves", "training with several storage formats"),
         ("plot", "figures from the rows"),
         ("tables", "the READMEs' tables from the rows"),
@@ -276,15 +279,18 @@ def run_accuracy(options: argparse.Namespace, environment: Environment, folder: 
 
 
 def run_instructions(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
-    """Counts the instructions of the compiled CUDA updates; passes where there are none to count."""
+    """Counts the instructions of the compiled updates; passes where there are none to count."""
     print("instructions", flush=True)
-    try:
-        result = instructions.measure()
-    except instructions.UnavailableError as error:
-        print(f"  instructions: {error}")
-        return True
+    result: list[rows.Row] = []
+    for backend in instructions.BACKENDS:
+        try:
+            counted = instructions.measure(backend)
+        except instructions.UnavailableError as error:
+            print(f"  left out: {backend}: {error}")
+            continue
+        print_rows(counted)
+        result += counted
     rows.append(folder, environment, result)
-    print_rows(result)
     return True
 
 
@@ -362,6 +368,20 @@ def run_formats(options: argparse.Namespace, environment: Environment, folder: P
     print(f"formats, {formats.CASE.title}", flush=True)
     result, reasons = formats.measure(options.device, seconds=10 * options.seconds)
     print_rows(result)
+    for name, reason in reasons.items():
+        print(f"  left out: {name}: {reason}")
+    rows.append(folder, environment, result)
+    return not any(name.startswith("ours") for name in reasons)
+
+
+def run_footprint(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
+    """Counts bytes in every storage format; fails if one of ours did not run."""
+    print("footprint", flush=True)
+    result: list[rows.Row] = []
+    reasons: dict[str, str] = {}
+    for row in footprint.measure(options.device, reasons):
+        result.append(row)
+        print_rows([row])
     for name, reason in reasons.items():
         print(f"  left out: {name}: {reason}")
     rows.append(folder, environment, result)
@@ -471,9 +491,16 @@ def describe(row: rows.Row) -> str:
             f"{name:45} {row.kept_bytes_per_param:6.3f} B kept {row.median_us / 1e3:9.3f} ms {row.gb_s:6.1f} GB/s "
             f"{row.speedup_over_torch_float32:5.2f}x float32 {row.speedup_over_torch_bfloat16:5.2f}x bfloat16"
         )
+    if isinstance(row, rows.FootprintRow):
+        name = f"{row.contender} {row.dtype} {row.param_format}/{row.moment_format}"
+        return (
+            f"{name:45} {row.allocated_bytes_per_param:6.3f} B kept, a warm step's largest temporary "
+            f"{row.largest_temporary_share:.2%} of the state, all {row.temporaries_share:.2%}"
+        )
     if isinstance(row, rows.InstructionRow):
         return (
-            f"{row.target:6} {row.param:6} {row.grad:6} {row.moments:6} {row.param_format:10} {row.registers:3} regs  "
+            f"{row.backend:6} {row.target:6} {row.param:6} {row.grad:6} {row.moments:6} {row.param_format:10} "
+            f"{row.registers:3} regs  "
             f"{row.instructions_per_element:6.1f} instructions and {row.bytes_per_element:5.2f} bytes an element, "
             f"{row.h100_bound} bound on H100 ({row.h100_budget:.0f}), {row.h200_bound} on H200 ({row.h200_budget:.0f})"
         )

@@ -55,15 +55,19 @@ class ReturnedTensors(TorchDispatchMode):
 def of_call(run: Callable[[], object], *, before: Callable[[], object]) -> Allocations:
     """Counts what a call of `run` allocates. Calls `before`, uncounted, and `run` once for each counter."""
     before()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    # Only the raw results hold single allocations; the public averages hold sums, in which a free hides a malloc.
-    events = profiler.profiler.kineto_results.events()
-    sizes = [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
+    handed_out = [size for size in sizes(run) if size > 0]
     before()
     with ReturnedTensors() as returned:
         run()
-    return Allocations(buffers=len(sizes), bytes=sum(sizes), tensors=returned.count)
+    return Allocations(buffers=len(handed_out), bytes=sum(handed_out), tensors=returned.count)
+
+
+def sizes(run: Callable[[], object]) -> list[int]:
+    """Sizes of everything torch's allocators hand out while `run` runs, and, below 0, take back."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    # Only the raw results hold single allocations; the public averages hold sums, in which a free hides a malloc.
+    return [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
 
 
 def tensors_in(tree: object) -> list[torch.Tensor]:

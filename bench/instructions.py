@@ -1,18 +1,23 @@
-"""Instructions per element of every compiled CUDA update, beside the bytes it moves: which of the two bounds it?
+"""Instructions per element of every compiled update, beside the bytes it moves: which of the two bounds it?
 
-Nothing is timed and no GPU is needed: the SASS in the built extension module is read. A path through the loop over
-whole vectors is recognised by what it stores and by how many Philox rounds it draws; of all paths that do so, the
-shortest is counted: no AMSGrad, average or cautious masks, no slow path of a division or root.
+Nothing is timed and no GPU is needed: the SASS is read, of CUDA's kernels in the built extension module, of Triton's as
+`triton_cubins.py` has them compiled. A path through the loop over whole vectors is recognised by what it stores, by how
+many Philox rounds it draws and by whether it rounds to nearest; of all paths that do so, the shortest is counted: no
+AMSGrad, average or cautious masks, no slow path of a division or root.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import product
@@ -21,6 +26,8 @@ from pathlib import Path
 from bench.rows import InstructionRow
 
 BYTES = {"float": 4.0, "bf16": 2.0, "fp16": 2.0, "double": 8.0}
+TRITON_TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")  # those of CUDA
+TORCH_NAMES = {"float32": "float", "bfloat16": "bf16", "float16": "fp16", "float64": "double"}
 REMAINDER_BYTES = {"native": 0, "stochastic": 0, "split24": 1, "split32": 2}
 GROUP_BYTES = 2 / 16
 PHILOX_ROUNDS = 7
@@ -47,7 +54,7 @@ H200 = Gpu(multiprocessors=132, schedulers=4, clock_hz=1.98e9, bytes_per_s=4.8e1
 
 
 class UnavailableError(RuntimeError):
-    """There is no CUDA code here, or nothing to read it with."""
+    """There is no machine code here, or nothing to read it with."""
 
 
 # --- reading SASS -----------------------------------------------------------------------------------------------------
@@ -68,24 +75,69 @@ def output_of(*command: str, text: str = "") -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, input=text).stdout
 
 
-def update_kernels(targets: tuple[str, ...]) -> Iterator[tuple[str, str, str, int]]:
-    """Target, mangled name, SASS and registers of every update in the extension module, if none is named for all."""
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled update."""
+
+    backend: str
+    target: str
+    name: str
+    sass: str
+    registers: int
+
+
+def functions_of(cubin: Path) -> Iterator[tuple[str, str, int]]:
+    """Name, SASS and registers of every function in a cubin."""
+    usage = output_of(tool("cuobjdump"), "-res-usage", str(cubin))
+    registers = dict(re.findall(r"Function (\w+):\s*REG:(\d+)", usage))
+    sections = re.split(r"(?m)^\.text\.([\w$]+):", output_of(tool("nvdisasm"), "-ndf", "-c", str(cubin)))[1:]
+    for name, sass in zip(sections[::2], sections[1::2], strict=True):
+        yield name, sass, int(registers[name])
+
+
+def cuda_kernels(targets: tuple[str, ...]) -> list[Kernel]:
+    """Every update of Adam's rule in the extension module, for these targets; if none is named, for all."""
     module = importlib.import_module("adamw_kernels._C").__file__
+    found: list[Kernel] = []
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([tool("cuobjdump"), "-xelf", "all", str(module)], check=True, capture_output=True, cwd=folder)
         cubins = sorted(Path(folder).glob("*.cubin"))
         if not cubins:
             raise UnavailableError("the extension module holds no CUDA code: build it where there is an nvcc")
         for cubin in cubins:
-            if targets and not any(re.search(rf"{target}\b", cubin.name) for target in targets):
-                continue
-            usage = output_of(tool("cuobjdump"), "-res-usage", str(cubin))
-            registers = dict(re.findall(r"Function (\w+):\s*REG:(\d+)", usage))
-            sections = re.split(r"(?m)^\.text\.([\w$]+):", output_of(tool("nvdisasm"), "-ndf", "-c", str(cubin)))[1:]
             target = re.search(r"sm_\d+", cubin.name)
-            for mangled, sass in zip(sections[::2], sections[1::2], strict=True):
-                if target and re.search(r"\dupdate8?_kernel", mangled):
-                    yield target[0], mangled, sass, int(registers[mangled])
+            if target is None or (targets and target[0] not in targets):
+                continue
+            found += [
+                Kernel("cuda", target[0], mangled, sass, registers)
+                for mangled, sass, registers in functions_of(cubin)
+                if re.search(r"\dupdate8?_kernel", mangled)
+            ]
+    names = plain_names([kernel.name for kernel in found])
+    return [dataclasses.replace(kernel, name=name) for kernel, name in zip(found, names, strict=True)]
+
+
+def triton_kernels(targets: tuple[str, ...]) -> list[Kernel]:
+    """Every update of Adam's rule that the launcher compiles; a minute for each target, in two processes."""
+    if find_spec("triton") is None:
+        raise UnavailableError("Triton is not installed")
+
+    def compile_for(target: str, folder: str) -> list[Kernel]:
+        command = [sys.executable, "-m", "bench.triton_cubins", folder, target]
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        subprocess.run(command, check=True, cwd=Path(__file__).parents[1], env=environment)
+        return [
+            Kernel("triton", target, cubin.stem, sass, registers)
+            for cubin in sorted((Path(folder) / target).glob("*.cubin"))
+            for _, sass, registers in functions_of(cubin)
+        ]
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        return [
+            kernel
+            for found in pool.map(lambda t: compile_for(t, folder), targets or TRITON_TARGETS)
+            for kernel in found
+        ]
 
 
 def plain_names(mangled: list[str]) -> list[str]:
@@ -95,26 +147,41 @@ def plain_names(mangled: list[str]) -> list[str]:
     return [re.sub(r"^void |\(.*", "", line) for line in plain]
 
 
+Stores = tuple[int, int, int]  # how many of 16, of 8 and of 4 bytes
+NO_STORES: Stores = (0, 0, 0)
+
+
+def plus(a: Stores, b: Stores) -> Stores:
+    """The sum."""
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2]
+
+
 @dataclass
 class Block:
-    """A basic block of SASS: how many instructions, what it stores by bytes, wide products, and where it may go."""
+    """A basic block of SASS: how many instructions, what of them tells paths apart, and where it may go."""
 
     address: int
     instructions: int = 0
-    # Stores of 16 and of 8 bytes by predicate, "" for none: those of one predicate happen together or not at all.
-    stores: dict[str, tuple[int, int]] = field(default_factory=dict)
+    # Stores of 16, 8 and 4 bytes by predicate, "" for none: those of one predicate happen together or not at all.
+    stores: dict[str, Stores] = field(default_factory=dict)
     products: int = 0
+    to_nearest: bool = False  # rounds float32 to 16 bits so
+    loads: bool = False  # 16 bytes
+    loads_after_store: bool = False
     successors: tuple[int, ...] = ()
 
-    def possible_stores(self) -> set[tuple[int, int]]:
-        """How many of 16 and of 8 bytes it may do."""
-        result = {self.stores.get("", (0, 0))}
-        for predicate, (of_16, of_8) in self.stores.items():
+    def possible_stores(self) -> set[Stores]:
+        """How many of 16, 8 and 4 bytes it may do."""
+        result = {self.stores.get("", NO_STORES)}
+        for predicate, more in self.stores.items():
             if predicate:
-                result |= {(a + of_16, b + of_8) for a, b in result}
+                result |= {plus(some, more) for some in result}
         return result
 
 
+# A weight's bits, plus half of what is cut off, and the last bit that stays: to bfloat16, and to float16, which has its
+# exponent re-biased besides. Triton's to float16: one instruction, of one value or of two.
+TO_NEAREST = re.compile(r"IADD3 .*(0x7fff|-0x37fff001), R\d|F2FP?\.F16\.F32")
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 ENDS = ("EXIT", "RET", "BRX", "KILL")
 
@@ -145,8 +212,13 @@ def basic_blocks(sass: str) -> dict[int, Block]:
         block.instructions += 1
         kind = opcode.split(".")[0]
         if kind == "STG":
-            of_16, of_8 = block.stores.get(predicate, (0, 0))
-            block.stores[predicate] = of_16 + (".128" in opcode), of_8 + (".64" in opcode)
+            of_16, of_8 = ".128" in opcode, ".64" in opcode
+            of_4 = not (of_16 or of_8 or re.search(r"\.[US](8|16)\b", opcode))
+            block.stores[predicate] = plus(block.stores.get(predicate, NO_STORES), (of_16, of_8, of_4))
+        if kind == "LDG" and ".128" in opcode and not predicate:
+            block.loads = True
+            block.loads_after_store = block.loads_after_store or bool(block.stores)
+        block.to_nearest = block.to_nearest or bool(TO_NEAREST.match(f"{opcode} {operands}"))
         block.products += opcode.startswith(("IMAD.WIDE.U32", "IMAD.HI.U32"))
         following = (lines[position + 1][0],) if position + 1 < len(lines) else ()
         if kind == "BRA":
@@ -166,12 +238,16 @@ def back_edges(blocks: dict[int, Block]) -> set[int]:
     return {to for block in blocks.values() for to in block.successors if to <= block.address}
 
 
-# What a path through the loop stores in 16 and in 8 bytes, and its wide products (a few of which are addresses).
-Signature = tuple[int, int, int]
+# What a path through the loop stores, its wide products (a few of which are addresses), whether it rounds to nearest,
+# and whether it loads 16 bytes.
+Signature = tuple[Stores, int, bool, bool]
 
 
 def shortest_paths(blocks: dict[int, Block], head: int) -> dict[Signature, int]:
-    """Once through the loop that begins at `head`: instructions of the shortest path of each signature."""
+    """Once through the loop that begins at `head`: instructions of the shortest path of each signature.
+
+    Without paths that load a whole vector after a store: only the average and AMSGrad's maximum come that late.
+    """
     memo: dict[int, dict[Signature, int]] = {}
     open_blocks: set[int] = set()
 
@@ -181,17 +257,22 @@ def shortest_paths(blocks: dict[int, Block], head: int) -> dict[Signature, int]:
         block = blocks[address]
         open_blocks.add(address)
         best: dict[Signature, int] = {}
-        for successor in block.successors:
+        for successor in block.successors if not block.loads_after_store else ():
             if successor == head:
-                ways = {(0, 0, 0): 0}
+                ways: dict[Signature, int] = {(NO_STORES, 0, False, False): 0}
             elif successor in open_blocks or successor not in blocks:
                 continue
             else:
                 ways = visit(successor)
-            for ((stores_16, stores_8, products), count), (more_16, more_8) in product(
-                ways.items(), block.possible_stores()
-            ):
-                key = (stores_16 + more_16, stores_8 + more_8, products + block.products)
+            for ((stores, products, to_nearest, loads), count), more in product(ways.items(), block.possible_stores()):
+                if loads and more != NO_STORES:
+                    continue
+                key = (
+                    plus(stores, more),
+                    products + block.products,
+                    to_nearest or block.to_nearest,
+                    loads or block.loads,
+                )
                 best[key] = min(best.get(key, 1 << 30), count + block.instructions)
         open_blocks.remove(address)
         memo[address] = best
@@ -211,13 +292,8 @@ class Variant:
     grad: str
     moments: str  # "float", "double", "bf16" or "8bit"
     param_format: str
-
-    @property
-    def elements(self) -> int:
-        """Elements of a thread in one round."""
-        if self.moments == "8bit":
-            return 8
-        return 2 if self.param == "double" else int(16 // min(BYTES[self.param], BYTES[self.grad]))
+    elements: int  # of a thread in one round
+    at_once: int  # of them, in one access of each operand
 
     @property
     def moment_bytes(self) -> float:
@@ -232,59 +308,76 @@ class Variant:
 
     def is_path(self, signature: Signature) -> bool:
         """Whether this is what a round stores and draws, with neither an average nor AMSGrad."""
-        stores_16 = stores_8 = 0
+        stores, products, to_nearest, _ = signature
+        expected = dict.fromkeys((16, 8, 4), 0)
         for size in (BYTES[self.param], REMAINDER_BYTES[self.param_format], self.moment_bytes, self.moment_bytes):
-            stores_16 += int(size * self.elements // 16)
-            stores_8 += size * self.elements == 8
+            if size:
+                width = min(int(size * self.at_once), 16)
+                expected[width] += int(size * self.elements) // width
         draws = self.moments in ("bf16", "8bit") or self.param_format in ("stochastic", "split24")
         # Where moments alone draw, the last round's product is one of 32 bits.
         a_draw = PHILOX_ROUNDS - (BYTES[self.param] == 4)
         rounds = a_draw * self.elements if draws else 0
-        return signature[:2] == (stores_16, stores_8) and rounds <= signature[2] < rounds + PHILOX_ROUNDS
+        return (
+            stores == tuple(expected.values())
+            and rounds <= products < rounds + PHILOX_ROUNDS
+            and to_nearest == (BYTES[self.param] == 2 and self.param_format == "native")
+        )
 
 
-def variants(name: str) -> list[Variant]:
-    """Of a kernel. Where moments draw random bits too, native and stochastic weights cannot be told apart."""
-    kernel, arguments = name.rstrip(">").split("<")
-    param, grad, *moments = arguments.split(", ")
-    stored = moments[0] if kernel == "update_kernel" else "8bit"
-    formats = ["native"]
-    if BYTES[param] == 2:
-        formats = [*(["native", "stochastic"] if stored == "float" else ["native"]), "split24", "split32"]
-    return [Variant(param, grad, stored, param_format) for param_format in formats]
+def variants(kernel: Kernel) -> list[Variant]:
+    """What one kernel does, by flags of its tensors."""
+    if kernel.backend == "cuda":
+        function, arguments = kernel.name.rstrip(">").split("<")
+        param, grad, *moments = arguments.split(", ")
+        stored = moments[0] if function == "update_kernel" else "8bit"
+        narrowest = min(BYTES[param], BYTES[grad]) if param != "double" else BYTES[param]
+        elements = at_once = 8 if stored == "8bit" else int(16 // narrowest)
+    else:
+        param, grad, stored, elements_of_thread, vector = kernel.name.split("-")
+        param, grad = TORCH_NAMES[param], TORCH_NAMES[grad]
+        stored = {"float32": "double" if param == "double" else "float", "bfloat16": "bf16"}.get(stored, stored)
+        elements, at_once = int(elements_of_thread), int(vector)
+    formats = REMAINDER_BYTES if BYTES[param] == 2 else ("native",)
+    return [Variant(param, grad, stored, param_format, elements, at_once) for param_format in formats]
 
 
-def measure(*targets: str) -> list[InstructionRow]:
-    """A row for every target (or these, such as "sm_90"), update and parameter format.
+BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels}
+
+
+def measure(backend: str, *targets: str) -> list[InstructionRow]:
+    """A row for every target (or these, such as "sm_90"), update and parameter format of a backend.
 
     Raises:
-        UnavailableError: there is no CUDA code to read, or nothing to read it with.
+        UnavailableError: there is no machine code to read, or nothing to read it with.
     """
-    kernels = list(update_kernels(targets))
-    names = plain_names([mangled for _, mangled, _, _ in kernels])
     rows = []
-    for (target, _, sass, registers), name in zip(kernels, names, strict=True):
-        blocks = basic_blocks(sass)
+    for kernel in BACKENDS[backend](targets):
+        blocks = basic_blocks(kernel.sass)
         paths = [shortest_paths(blocks, head) for head in back_edges(blocks)]
-        for variant in variants(name):
+        instructions = sum(block.instructions for block in blocks.values())
+        for variant in variants(kernel):
             counts = [count for path in paths for signature, count in path.items() if variant.is_path(signature)]
-            rows.append(row(target, variant, registers, sum(b.instructions for b in blocks.values()), counts))
-    return sorted(rows, key=lambda r: (int(r.target[3:]), r.param, r.grad, r.moments, r.param_format))
+            rows.append(row(kernel, variant, instructions, counts))
+    place = {name: index for index, name in enumerate(REMAINDER_BYTES)}
+    return sorted(rows, key=lambda r: (int(r.target[3:]), r.param, r.grad, r.moments, place[r.param_format]))
 
 
-def row(target: str, variant: Variant, registers: int, instructions: int, counts: list[int]) -> InstructionRow:
+def row(kernel: Kernel, variant: Variant, instructions: int, counts: list[int]) -> InstructionRow:
     """The shortest of the paths found, against both budgets."""
     if not counts:
-        raise RuntimeError(f"{target}: found no path of {variant}; does the kernel still store as described here?")
+        where = f"{kernel.backend}, {kernel.target}"
+        raise RuntimeError(f"{where}: found no path of {variant}; does the kernel still store as described here?")
     per_element = min(counts) / variant.elements
     h100, h200 = H100.budget(variant.moved), H200.budget(variant.moved)
     return InstructionRow(
-        target=target,
+        backend=kernel.backend,
+        target=kernel.target,
         param=variant.param,
         grad=variant.grad,
         moments=variant.moments,
         param_format=variant.param_format,
-        registers=registers,
+        registers=kernel.registers,
         kernel_instructions=instructions,
         elements_per_round=variant.elements,
         instructions_per_element=per_element,

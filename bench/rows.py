@@ -287,6 +287,37 @@ class MemoryRow:
 
 
 @dataclass(frozen=True)
+class FootprintRow:
+    """What one optimizer keeps in one storage format (`footprint.py`). Nothing is timed.
+
+    Attributes:
+        case: Name of the case.
+        tensors: Number of tensors.
+        params: Number of elements.
+        contender: Name of the optimizer.
+        dtype: dtype of parameters and gradients.
+        param_format: How weights are stored.
+        moment_format: How moments are stored.
+        allocated_bytes_per_param: What torch's allocators gave and did not get back, for weights, state and tables.
+        largest_temporary_share: Largest buffer handed out in a warm step, over that less the weights.
+        temporaries_share: All of them together, likewise.
+    """
+
+    file: ClassVar[str] = "footprint.csv"
+
+    case: str
+    tensors: int
+    params: int
+    contender: str
+    dtype: str
+    param_format: str
+    moment_format: str
+    allocated_bytes_per_param: float
+    largest_temporary_share: float
+    temporaries_share: float
+
+
+@dataclass(frozen=True)
 class QualityRow:
     """One metric of one storage format of the moments (`quality.py`; `README.md` says what the metrics mean).
 
@@ -397,9 +428,10 @@ class CurveRow:
 
 @dataclass(frozen=True)
 class InstructionRow:
-    """One compiled CUDA update in one parameter format (`instructions.py`). Nothing is timed.
+    """One compiled update in one parameter format (`instructions.py`). Nothing is timed.
 
     Attributes:
+        backend: "cuda" or "triton".
         target: GPU it was compiled for.
         param: Type of the weights.
         grad: Type of the gradients.
@@ -418,6 +450,7 @@ class InstructionRow:
 
     file: ClassVar[str] = "instructions.csv"
 
+    backend: str
     target: str
     param: str
     grad: str
@@ -614,6 +647,7 @@ Row = (
     | AccuracyRow
     | LoopRow
     | MemoryRow
+    | FootprintRow
     | QualityRow
     | FormatRow
     | CurveRow
@@ -634,6 +668,7 @@ ROW_TYPES: tuple[RowType, ...] = (
     AccuracyRow,
     LoopRow,
     MemoryRow,
+    FootprintRow,
     QualityRow,
     FormatRow,
     CurveRow,

@@ -146,7 +146,7 @@ SASS = {
 @functools.cache
 def sass_rows() -> "list[instructions.InstructionRow]":
     """Of every update in the extension module."""
-    return instructions.measure("sm_90", "sm_100")
+    return instructions.measure("cuda", "sm_90", "sm_100")
 
 
 @pytest.mark.parametrize(("param", "grad", "moments", "param_format"), SASS)
