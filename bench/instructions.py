@@ -181,7 +181,7 @@ class Block:
 
 # A weight's bits, plus half of what is cut off, and the last bit that stays: to bfloat16, and to float16, which has its
 # exponent re-biased besides. Triton's to float16: one instruction, of one value or of two.
-TO_NEAREST = re.compile(r"IADD3 .*(0x7fff|-0x37fff001), R\d|F2FP?\.F16\.F32")
+TO_NEAREST = re.compile(r"IADD3 .*(0x7fff|-0x37fff001), R\d|F2FP?\.(F16\.F32|PACK_AB)")
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 ENDS = ("EXIT", "RET", "BRX", "KILL")
 
@@ -315,12 +315,11 @@ class Variant:
                 width = min(int(size * self.at_once), 16)
                 expected[width] += int(size * self.elements) // width
         draws = self.moments in ("bf16", "8bit") or self.param_format in ("stochastic", "split24")
-        # Where moments alone draw, the last round's product is one of 32 bits.
-        a_draw = PHILOX_ROUNDS - (BYTES[self.param] == 4)
-        rounds = a_draw * self.elements if draws else 0
+        # Where moments alone draw, the last round's product may be one of 32 bits.
+        has_drawn = products >= (PHILOX_ROUNDS - 1) * self.elements
         return (
             stores == tuple(expected.values())
-            and rounds <= products < rounds + PHILOX_ROUNDS
+            and draws == has_drawn
             and to_nearest == (BYTES[self.param] == 2 and self.param_format == "native")
         )
 
