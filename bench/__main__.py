@@ -290,7 +290,7 @@ def run_instructions(options: argparse.Namespace, environment: Environment, fold
             continue
         print_rows(counted)
         result += counted
-    rows.append(folder, environment, result)
+    rows.append(options.results or machine.COUNTS, environment, result)
     return True
 
 
@@ -384,7 +384,7 @@ def run_footprint(options: argparse.Namespace, environment: Environment, folder:
         print_rows([row])
     for name, reason in reasons.items():
         print(f"  left out: {name}: {reason}")
-    rows.append(folder, environment, result)
+    rows.append(options.results or machine.COUNTS, environment, result)
     return not any(name.startswith("ours") for name in reasons)
 
 
