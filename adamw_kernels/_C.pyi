@@ -21,6 +21,7 @@ class TensorWatch:
         state: Mapping[Any, Any],
         slots: Sequence[int],
         grad_dtypes: Sequence[int],
+        address_function: int,
     ) -> None: ...
     def sweep(
         self, param_groups: list[dict[str, Any]], state: Mapping[Any, Any]

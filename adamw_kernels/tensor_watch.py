@@ -71,11 +71,23 @@ def watch_tensors(
     lists = all(isinstance(group["params"], list) for group in param_groups)  # what native code reads
     if native is not None and exchange is not None and lists:
         try:
-            watch: TensorWatch = native.TensorWatch(exchange, torch.Tensor, param_groups, state, slots, grad_dtypes)
+            watch: TensorWatch = native.TensorWatch(
+                exchange, torch.Tensor, param_groups, state, slots, grad_dtypes, _address_function()
+            )
             return watch
         except ValueError:
             pass  # a torch whose native entry points are others, or a tensor that DLPack cannot describe
     return PythonTensorWatch(param_groups, state, slots, grad_dtypes)
+
+
+def _address_function() -> int:
+    """Where torch keeps the C function that tells a tensor object's address; 0 in a torch that has none.
+
+    Made for the C++ that torch's compiler writes and builds apart from torch, as this package is.
+    """
+    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    address = getattr(guards, "_torchinductor_pyobject_tensor_data_ptr", 0)
+    return address if isinstance(address, int) else 0
 
 
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -40,6 +40,7 @@ FORMATS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "bfloat16-split24/8bit": (BF16, {"param_format": "split24", "moment_format": "8bit"}),
     "bfloat16-stochastic/8bit": (BF16, {"param_format": "stochastic", "moment_format": "8bit"}),
 }
+ELEMENTS_OF_A_TENSOR = 4
 WARM_UP_STEPS = 20  # CPython specialises what it has run a dozen times
 
 
@@ -51,7 +52,7 @@ def build(name: str) -> Step:
     if kind in FORMATS:
         dtype, options = FORMATS[kind]
         return warm(optimizer([torch.full((int(number),), 0.5, dtype=dtype)], **options).step)
-    weights = [torch.full((1,), 0.5) for _ in range(int(number))]
+    weights = [torch.full((ELEMENTS_OF_A_TENSOR,), 0.5) for _ in range(int(number))]
     if kind == "groups":
         return warm(optimizer(weights, groups=int(number)).step)
     if kind == "dtensors":

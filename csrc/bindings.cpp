@@ -128,12 +128,12 @@ PYBIND11_MODULE(_C, m) {
                           "whether anything else changed.")
       .def(py::init([](const py::capsule& exchange, const py::type& tensor_type, const py::list& param_groups,
                        const py::dict& state, const std::vector<int64_t>& slots,
-                       const std::vector<int64_t>& grad_dtypes) {
+                       const std::vector<int64_t>& grad_dtypes, int64_t address_function) {
              return new TensorWatch(exchange.ptr(), tensor_type.ptr(), param_groups.ptr(), state.ptr(), slots,
-                                    grad_dtypes);
+                                    grad_dtypes, address_function);
            }),
            py::arg("exchange"), py::arg("tensor_type"), py::arg("param_groups"), py::arg("state"), py::arg("slots"),
-           py::arg("grad_dtypes"))
+           py::arg("grad_dtypes"), py::arg("address_function"))
       .def(
           "sweep",
           [](TensorWatch& watch, const py::object& param_groups, const py::object& state) {

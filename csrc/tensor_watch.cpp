@@ -1,5 +1,7 @@
 #include "tensor_watch.h"
 
+#include <structmember.h>
+
 #include <stdexcept>
 #include <unordered_map>
 
@@ -75,17 +77,49 @@ bool TensorWatch::read(PyObject* tensor, dlpack::Tensor* out) const {
 // That a tensor is none is remembered and not asked: an AttributeError takes longer than all the rest of a tensor.
 PyObject* TensorWatch::local_of(PyObject* tensor, bool is_sharded) const {
   if (!is_sharded) return Py_NewRef(tensor);
-  PyObject* local = PyObject_GetAttr(tensor, str_local_tensor_);
-  if (local == nullptr) PyErr_Clear();
+  PyObject* local = slot_of(tensor, local_slot_, str_local_tensor_);
   if (local != nullptr && Py_TYPE(local) != tensor_type_) Py_CLEAR(local);
   return local;
+}
+
+// How a DTensor is sharded. A new reference, nullptr with no Python error set where it does not say.
+PyObject* TensorWatch::spec_of(PyObject* tensor) const { return slot_of(tensor, spec_slot_, str_spec_); }
+
+// An attribute of a DTensor: read where its type keeps it, without the interpreter's look-ups, or by name.
+PyObject* TensorWatch::slot_of(PyObject* tensor, PyMemberDef* slot, PyObject* name) const {
+  const bool is_known = slot != nullptr && Py_TYPE(tensor) == dtensor_type_;
+  PyObject* value = is_known ? PyMember_GetOne(reinterpret_cast<char*>(tensor), slot) : PyObject_GetAttr(tensor, name);
+  if (value == nullptr) PyErr_Clear();
+  return value;
+}
+
+void TensorWatch::learn(PyTypeObject* dtensor_type) {
+  if (dtensor_type_ != nullptr) return;
+  dtensor_type_ = dtensor_type;  // which outlives us, like every class of torch
+  const auto slot = [&](PyObject* name) -> PyMemberDef* {
+    const Ref descriptor(PyObject_GetAttr(reinterpret_cast<PyObject*>(dtensor_type), name));
+    if (!descriptor) PyErr_Clear();
+    if (!descriptor || Py_TYPE(descriptor.get()) != &PyMemberDescr_Type) return nullptr;
+    return reinterpret_cast<PyMemberDescrObject*>(descriptor.get())->d_member;
+  };
+  local_slot_ = slot(str_local_tensor_);
+  spec_slot_ = slot(str_spec_);
 }
 
 // The address of a tensor's memory, a DTensor's own shard; nullptr with no Python error set where it cannot be read.
 void* TensorWatch::data_of(PyObject* tensor, bool is_sharded) const {
   const Ref local(local_of(tensor, is_sharded));
   if (!local) return nullptr;
-  const Ref number(data_ptr_(local.get(), nullptr));
+  if (address_function_ == nullptr) return data_by_method(local.get());
+  try {
+    return address_function_(local.get());
+  } catch (...) {  // a tensor without memory that can be written
+    return nullptr;
+  }
+}
+
+void* TensorWatch::data_by_method(PyObject* tensor) const {
+  const Ref number(data_ptr_(tensor, nullptr));
   void* data = number ? PyLong_AsVoidPtr(number.get()) : nullptr;
   if (data == nullptr) PyErr_Clear();
   return data;
@@ -101,11 +135,8 @@ PyObject* TensorWatch::grad_of(const Param& param, PyObject* object) const {
 // Whether a DTensor's gradient lies on the same mesh in the same placements. Backward, under FSDP2 for one, gives every
 // gradient the parameter's own spec, or the spec of the step before: only others are compared.
 bool TensorWatch::is_sharded_alike(Param* param, PyObject* grad) const {
-  const Ref spec(PyObject_GetAttr(grad, str_spec_));
-  if (!spec) {
-    PyErr_Clear();
-    return false;
-  }
+  const Ref spec(spec_of(grad));
+  if (!spec) return false;
   if (spec.get() == param->spec || spec.get() == param->grad_spec) return true;
   for (PyObject* name : {str_mesh_, str_placements_}) {
     const Ref own(PyObject_GetAttr(param->spec, name)), other(PyObject_GetAttr(spec.get(), name));
@@ -119,8 +150,10 @@ bool TensorWatch::is_sharded_alike(Param* param, PyObject* grad) const {
 }
 
 TensorWatch::TensorWatch(PyObject* exchange_capsule, PyObject* tensor_type, PyObject* param_groups, PyObject* state,
-                         const std::vector<int64_t>& slots, const std::vector<int64_t>& grad_dtypes)
+                         const std::vector<int64_t>& slots, const std::vector<int64_t>& grad_dtypes,
+                         int64_t address_function)
     : tensor_type_(reinterpret_cast<PyTypeObject*>(tensor_type)),
+      address_function_(reinterpret_cast<void* (*)(PyObject*)>(address_function)),
       str_grad_(PyUnicode_InternFromString("grad")),
       str_params_(PyUnicode_InternFromString("params")),
       str_is_neg_(PyUnicode_InternFromString("is_neg")),
@@ -201,7 +234,8 @@ void TensorWatch::snapshot(PyObject* param_groups, PyObject* state, const std::v
         param.numel = 1;
         for (int32_t d = 0; d < view.ndim; ++d) param.numel *= view.shape[d];
         if (is_sharded) {
-          param.spec = PyObject_GetAttr(object, str_spec_);
+          learn(Py_TYPE(object));
+          param.spec = spec_of(object);
           if (param.spec == nullptr) throw std::invalid_argument("a DTensor without a spec");
         }
       }
@@ -225,7 +259,11 @@ void TensorWatch::snapshot(PyObject* param_groups, PyObject* state, const std::v
       if (!is_state_name(name) || !PyObject_TypeCheck(item, tensor_type_)) continue;
       StateItem seen;
       seen.is_sharded = Py_TYPE(item) != tensor_type_ && PyObject_HasAttr(item, str_local_tensor_) != 0;
-      if (found->second->slot > 0) seen.data = data_of(item, seen.is_sharded);
+      if (found->second->slot > 0) {
+        const Ref local(local_of(item, seen.is_sharded));
+        if (local) seen.data = data_by_method(local.get());
+        if (data_of(item, seen.is_sharded) != seen.data) address_function_ = nullptr;
+      }
       seen.weakref = PyWeakref_NewRef(item, nullptr);
       if (seen.weakref == nullptr) {
         PyErr_Clear();
@@ -300,7 +338,7 @@ bool TensorWatch::params_unchanged(PyObject* param_groups, PyObject* params, PyO
           return false;
         }
         if (param.spec != nullptr) {
-          const Ref spec(PyObject_GetAttr(object, str_spec_));
+          const Ref spec(spec_of(object));
           if (spec.get() != param.spec) return false;
           needs_python = Py_TYPE(grad.get()) != Py_TYPE(object) || !is_sharded_alike(&param, grad.get());
         } else {

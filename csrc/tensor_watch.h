@@ -24,9 +24,12 @@ class TensorWatch {
   // `slots[i]`: where the address of parameter i's gradient goes; 0: the parameter has no row in any table;
   // -1: it has one, but Python reads it (complex: what DLPack does not describe as the kernels read it).
   // `grad_dtypes[i]`: the DLPack dtype (code | bits << 8) that the table expects of its gradient.
+  // `address_function`: of a C function that returns a tensor object's address, which torch publishes for the code that
+  // its compiler generates; 0: there is none, and the method data_ptr is called, which takes ten times as many
+  // instructions. Not used unless it agrees with the method on every state tensor.
   // Throws std::invalid_argument when a tensor cannot be read.
   TensorWatch(PyObject* exchange_capsule, PyObject* tensor_type, PyObject* param_groups, PyObject* state,
-              const std::vector<int64_t>& slots, const std::vector<int64_t>& grad_dtypes);
+              const std::vector<int64_t>& slots, const std::vector<int64_t>& grad_dtypes, int64_t address_function);
   ~TensorWatch();
   TensorWatch(const TensorWatch&) = delete;
   TensorWatch& operator=(const TensorWatch&) = delete;
@@ -70,10 +73,14 @@ class TensorWatch {
   void check(PyObject* exchange_capsule, const std::vector<int64_t>& slots, const std::vector<int64_t>& grad_dtypes);
   void snapshot(PyObject* param_groups, PyObject* state, const std::vector<int64_t>& slots,
                 const std::vector<int64_t>& grad_dtypes);
+  void learn(PyTypeObject* dtensor_type);
   void release();
   bool read(PyObject* tensor, dlpack::Tensor* out) const;
   void* data_of(PyObject* tensor, bool is_sharded) const;
+  void* data_by_method(PyObject* tensor) const;
   PyObject* local_of(PyObject* tensor, bool is_sharded) const;
+  PyObject* spec_of(PyObject* tensor) const;
+  PyObject* slot_of(PyObject* tensor, PyMemberDef* slot, PyObject* name) const;
   PyObject* grad_of(const Param& param, PyObject* object) const;
   bool is_sharded_alike(Param* param, PyObject* grad) const;
   bool params_unchanged(PyObject* param_groups, PyObject* params, PyObject* grads, PyObject* odd);
@@ -83,7 +90,12 @@ class TensorWatch {
   PyTypeObject* tensor_type_;
   // Tensor.data_ptr and Tensor.grad, called without the interpreter's look-ups.
   PyCFunction data_ptr_ = nullptr;
+  void* (*address_function_)(PyObject*) = nullptr;
   PyObject* grad_descriptor_ = nullptr;  // owned
+  // The type of the first DTensor that was seen, and where its objects keep their shard and their spec.
+  PyTypeObject* dtensor_type_ = nullptr;
+  PyMemberDef* local_slot_ = nullptr;
+  PyMemberDef* spec_slot_ = nullptr;
   std::vector<int64_t> group_sizes_;
   std::vector<Param> params_;
   std::vector<int64_t> layouts_;
