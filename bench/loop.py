@@ -14,7 +14,7 @@ import torch
 from bench import contenders, inputs, rows, timing, traffic, workloads
 from bench.cases import Case
 from bench.check import CheckFailedError
-from bench.contenders import Contender
+from bench.contenders import CONTENDERS, Contender
 from bench.disturbance import Disturbance
 from bench.timing import Samples
 from bench.workloads import WORKLOADS, Loop, Truth, Verdict, Workload
@@ -22,6 +22,7 @@ from bench.workloads import WORKLOADS, Loop, Truth, Verdict, Workload
 CASES = ("gpt2_small", "many_small")  # unless others are asked for: traffic is the limit in one, launches in the other
 MIN_ROUNDS = 11
 MAX_ROUNDS = 101
+COPYING_PEERS = ("deepspeed_cpu",)  # made for steps that are followed by a cast
 
 
 def measure(
@@ -56,6 +57,8 @@ def measure(
     for workload in WORKLOADS.values():
         if dtype not in workload.dtypes or (names and workload.name not in names):
             continue
+        if workload.copies and device.type != "cpu":
+            continue
         if workload.clips not in truths:
             truths.clear()  # one at a time: that of 124 M parameters is 2 GB
             truths[workload.clips] = workloads.expected(masters, clips=workload.clips)
@@ -72,9 +75,12 @@ def measure_workload(
     device = masters.params[0].device
     loops: list[tuple[Loop, Verdict]] = []
     failures: list[str] = []
-    for backend in (None, *backends):
+    peers = [CONTENDERS[name] for name in COPYING_PEERS if workload.copies]
+    peers = [peer for peer in peers if peer.unavailable(device, masters.params[0].dtype) is None]
+    for contender in (None, *peers, *backends):
         groups = masters.clone_groups()
-        loop = workloads.ours(backend, workload, groups) if backend else workloads.usual(workload, groups)
+        is_ours = contender is not None and contender.is_ours
+        loop = workloads.ours(contender, workload, groups) if is_ours else workloads.usual(workload, groups, contender)
         try:
             verdict = workloads.verify(loop, masters, truth)
         except CheckFailedError as failure:

@@ -8,6 +8,7 @@ workload        the usual loop                      FusedAdamW
 ``clip+ema``    the same, then EMA of the weights   ... and `ema_decay`
 ``clip+scaler`` `unscale_`, clip, `scaler.step`     `scaler.step` with `max_grad_norm` and `fused=True`
 ``clip+guard``  clip, step `if isfinite(norm)`      `step()` with `max_grad_norm` and `skip_nonfinite`
+``copy``        `step()`, cast to bfloat16          `step()` with `param_copy`
 ==============  ==================================  ========================================================
 
 The usual loop is spelled as favourably as torch allows: `foreach` clipping over a list made once, where loops walk
@@ -15,6 +16,9 @@ The usual loop is spelled as favourably as torch allows: `foreach` clipping over
 
 The EMA has the parameters' dtype on both sides. In bfloat16 that is no equal work: torch rounds to nearest, so that an
 average stands still at the decays in use, and FusedAdamW stochastically, so that it does not.
+
+``copy`` is what ZeRO-Offload does on a CPU: float32 weights are stepped, and a bfloat16 copy of them is what the GPU is
+sent. DeepSpeedCPUAdam, made for it, takes part beside torch's where it can be built.
 
 Bytes are counted per pass over a tensor, from the tensors that are really kept: a pass that reads is one operand, one
 that reads and rewrites is two.
@@ -83,6 +87,7 @@ class Workload:
         averages: Whether an EMA of the weights is kept, in the parameters' dtype.
         scales: Whether a GradScaler is used.
         guards: Whether steps with gradients that are not finite are left out.
+        copies: Whether the weights are also written in bfloat16.
         dtypes: dtypes of the parameters for which anybody does this.
     """
 
@@ -92,6 +97,7 @@ class Workload:
     averages: bool = False
     scales: bool = False
     guards: bool = False
+    copies: bool = False
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 
 
@@ -104,6 +110,7 @@ WORKLOADS: dict[str, Workload] = {
         # Loss scaling is for float16 activations over float32 weights; bfloat16 has the exponents of float32.
         Workload("clip+scaler", "GradScaler, clip, step", scales=True, dtypes=(torch.float32,)),
         Workload("clip+guard", "clip, skip or step", guards=True),
+        Workload("copy", "step, bfloat16 copy", clips=False, copies=True, dtypes=(torch.float32,)),
     )
 }
 
@@ -118,6 +125,7 @@ class Loop:
         optimizer: The optimizer, with the parameters and gradients.
         step: Everything between `backward()` and the next `forward()`.
         averages: The EMA of each parameter, once there is one.
+        copies: The bfloat16 copy of each parameter; none where the workload has none.
         norm: The norm of the last step's gradients, before they were clipped.
         scaler: The GradScaler, if the workload has one.
         bytes_per_param: Bytes that `step` reads and writes per parameter, once the state exists.
@@ -128,6 +136,7 @@ class Loop:
     optimizer: Optimizer
     step: Callable[[], object]
     averages: Callable[[], list[torch.Tensor]]
+    copies: list[torch.Tensor]
     norm: Callable[[], torch.Tensor]
     scaler: torch.amp.GradScaler | None
     bytes_per_param: Callable[[], float]
@@ -155,13 +164,14 @@ class Loop:
 USUAL = "usual"
 
 
-def usual(workload: Workload, groups: ParamGroups) -> Loop:
-    """The usual loop around torch's fused AdamW."""
-    optimizer = CONTENDERS[BASELINE].build(groups)
+def usual(workload: Workload, groups: ParamGroups, peer: Contender | None = None) -> Loop:
+    """The usual loop around torch's fused AdamW, or around a peer under its own name."""
+    optimizer = (peer or CONTENDERS[BASELINE]).build(groups)
     params = list(traffic.parameters(optimizer))
     scaler = new_scaler(params[0].device) if workload.scales else None
     averages = [param.detach().clone() for param in params] if workload.averages else []
     weights = [param.detach() for param in params]
+    copies = copies_for(params) if workload.copies else []
     average = get_ema_multi_avg_fn(EMA_DECAY)
     norm = torch.tensor(math.nan)
 
@@ -180,6 +190,8 @@ def usual(workload: Workload, groups: ParamGroups) -> Loop:
             optimizer.step()
         if averages:
             average(averages, weights, 0)
+        if copies:
+            torch._foreach_copy_(copies, weights)
 
     def bytes_per_param() -> float:
         param_bytes, grad_bytes, numel = operand_bytes(params)
@@ -188,9 +200,12 @@ def usual(workload: Workload, groups: ParamGroups) -> Loop:
             passes += 3 * grad_bytes  # the norm reads, the coefficient reads and rewrites
         if averages:
             passes += param_bytes + 2 * sum(tensor.nbytes for tensor in averages)
+        if copies:
+            passes += param_bytes + sum(tensor.nbytes for tensor in copies)
         return traffic.bytes_per_param(optimizer) + passes / numel
 
-    return Loop(USUAL, workload, optimizer, step, lambda: averages, lambda: norm, scaler, bytes_per_param)
+    name = peer.name if peer else USUAL
+    return Loop(name, workload, optimizer, step, lambda: averages, copies, lambda: norm, scaler, bytes_per_param)
 
 
 def ours(contender: Contender, workload: Workload, groups: ParamGroups) -> Loop:
@@ -205,6 +220,9 @@ def ours(contender: Contender, workload: Workload, groups: ParamGroups) -> Loop:
         options["skip_nonfinite"] = True
     if workload.scales:
         options["fused"] = True  # as with torch: the scaler hands over its scale and whether it saw an inf
+    copies = copies_for([param for group in groups for param in group["params"]]) if workload.copies else []
+    if copies:
+        options["param_copy"] = copies
     optimizer = contender.build(groups, **options)
     params = list(traffic.parameters(optimizer))
     scaler = new_scaler(params[0].device) if workload.scales else None
@@ -218,6 +236,7 @@ def ours(contender: Contender, workload: Workload, groups: ParamGroups) -> Loop:
         _, grad_bytes, numel = operand_bytes(params)
         passes = 2 * grad_bytes if scaler is not None else 0  # the scaler's own look for inf rewrites what it reads
         passes += grad_bytes if workload.clips else 0  # the norm
+        passes += sum(tensor.nbytes for tensor in copies)
         return traffic.bytes_per_param(optimizer) + passes / numel  # the EMA is state, and counted there
 
     def averages() -> list[torch.Tensor]:
@@ -228,7 +247,7 @@ def ours(contender: Contender, workload: Workload, groups: ParamGroups) -> Loop:
         return result
 
     step = optimizer.step if scaler is None else step_with_scaler
-    return Loop(contender.name, workload, optimizer, step, averages, norm, scaler, bytes_per_param)
+    return Loop(contender.name, workload, optimizer, step, averages, copies, norm, scaler, bytes_per_param)
 
 
 def new_scaler(device: torch.device) -> torch.amp.GradScaler:
@@ -236,6 +255,11 @@ def new_scaler(device: torch.device) -> torch.amp.GradScaler:
     scaler = torch.amp.GradScaler(device.type, init_scale=SCALE, growth_interval=STEPS_TO_GROW)
     scaler.scale(torch.zeros((), device=device))
     return scaler
+
+
+def copies_for(params: list[torch.Tensor]) -> list[torch.Tensor]:
+    """A bfloat16 tensor a parameter, not yet written."""
+    return [torch.full_like(param.detach(), math.nan, dtype=torch.bfloat16) for param in params]
 
 
 def operand_bytes(params: list[torch.Tensor]) -> tuple[int, int, int]:
@@ -352,6 +376,11 @@ def verify(loop: Loop, inputs: Inputs, truth: Truth) -> Verdict:
         if params[0].dtype == torch.bfloat16:
             tolerance = replace(tolerance, rounding=BFLOAT16_AVERAGE_ROUNDING)
         error = max(error, compare(loop, "EMA of parameter", loop.averages(), truth.averages, inputs, tolerance))
+    for index, (param, copy) in enumerate(zip(params, loop.copies, strict=False)):
+        if not torch.equal(copy, param.to(copy.dtype)):
+            raise CheckFailedError(
+                f"{inputs.case.name}, {loop.workload.name}: copy {index} is not its parameter, rounded"
+            )
     norm_error = None
     if loop.workload.clips:
         norm_error = abs(loop.norm().item() / truth.norm - 1)
