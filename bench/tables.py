@@ -33,6 +33,7 @@ WORKLOADS = {
     "clip+ema": "clip + step + EMA",
     "clip+scaler": "GradScaler, clip + step",
     "clip+guard": "clip, skip or step",
+    "copy": "step + bfloat16 copy",
 }
 PEERS = {
     "torch_fused": "torch AdamW (fused)",
@@ -94,19 +95,23 @@ def loop(folder: Path) -> str:
     records = rows.latest(rows.read(folder, rows.LoopRow), "case", "dtype", "workload", "contender")
     pairs: dict[tuple[str, str, str], dict[str, Record]] = {}
     for row in records:
-        side = "ours" if row["contender"].startswith("ours") else "usual"
+        side = "ours" if row["contender"].startswith("ours") else row["contender"]
         pairs.setdefault((row["case"], row["dtype"], row["workload"]), {})[side] = row
     body = []
     for case, name in CASES.items():
         for dtype in ("float32", "bfloat16"):
             for workload, what in WORKLOADS.items():
                 sides = pairs.get((case, dtype, workload), {})
-                if len(sides) < 2:
+                if not {"ours", "usual"} <= sides.keys():
                     continue
                 ours, usual = sides["ours"], sides["usual"]
                 expected = "" if ours["expected_speedup"] is None else f"{ours['expected_speedup']:.2f}×"
                 times = milliseconds(ours["median_us"]), milliseconds(usual["median_us"])
                 body.append([name, dtype, what, *times, speedup(ours), expected])
+                for peer in sides.keys() - {"ours", "usual"}:
+                    ratio = f"{sides[peer]['median_us'] / ours['median_us']:.2f}×"
+                    times = times[0], milliseconds(sides[peer]["median_us"])
+                    body.append([name, dtype, f"{what}, beside {PEERS[peer]}", *times, ratio, ""])
     heads = "case, dtype, loop, FusedAdamW, usual, speed-up (20th to 80th percentile), from bytes moved"
     return table(heads.split(", "), body)
 
