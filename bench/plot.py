@@ -230,7 +230,7 @@ def label(row: Record) -> str:
     contender = CONTENDERS[row["contender"]]
     dtype = SHORT_DTYPES.get(row["dtype"], row["dtype"])
     if not contender.is_ours:
-        return f"torch {contender.title.removeprefix('torch AdamW, ')} {dtype}"
+        return f"{contender.title.replace('torch AdamW, ', 'torch ')} {dtype}"
     return f"{contender.title.removeprefix('adamw_kernels').removeprefix(', ')} {dtype}".strip()
 
 
