@@ -390,7 +390,10 @@ README = pathlib.Path(__file__).parent.parent / "README.md"
 
 @pytest.mark.skipif(not README.exists(), reason="no README beside the tests")
 def test_examples_in_the_readme() -> None:
-    """The README's examples run as they stand, given a model, a loader and imports; each trains the model."""
+    """The README's examples run as they stand, given a model, a loader and imports; each trains the model.
+
+    Those marked `py` instead of `python` need several processes or a trainer; what they show is tested elsewhere.
+    """
     examples = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
     assert examples
     for i, example in enumerate(examples):
