@@ -1,0 +1,213 @@
+"""examples/trainers: each learns, and resumed from its checkpoint it ends with the same bits as without the stop.
+
+The examples of one process run here, as `main` does for the command line. Those of several are started by torchrun,
+which runs this file: once to train, once to go on.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from pairs import assert_same_bits, bits
+
+from adamw_kernels import FusedAdamW
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "trainers"
+STEPS = 20  # saved after 10
+
+# Without knowledge a byte costs ln(256) = 5.55 nats; twenty steps learn the text's most frequent ones.
+FIRST_LOSS, LAST_LOSS = 5.0, 4.5
+LIMIT_S = 120  # of two ranks from start to end; they take ten seconds
+
+ALONE = {
+    "hf_trainer": "checkpoint-20",
+    "accelerate_loop": "step-000020",
+    "lightning_module": "step=000020.ckpt",
+    "lora": "step-000020.pt",
+}
+TOGETHER = {"fsdp2_loop": "step-000020", "ddp_loop": "step-000020.pt"}
+
+
+# --- one process ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def example(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """An example as a module, on a text so short that both halves of a run see several epochs; no process-wide state.
+
+    One thread: so small a model mostly waits for others, and long if the machine is busy.
+    """
+    from accelerate.state import AcceleratorState, GradientState
+
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    module = importlib.import_module(request.param)
+    monkeypatch.setattr(module, "rows_of_text", functools.partial(module.rows_of_text, count=48))
+    logger, threads = logging.getLogger("lightning.pytorch"), torch.get_num_threads()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    yield module
+    torch.set_num_threads(threads)
+    logger.setLevel(level)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    for name in (request.param, "little_gpt"):
+        sys.modules.pop(name, None)
+
+
+def outcome(name: str, result: Any) -> tuple[FusedAdamW, list[float]]:
+    """The optimizer itself and the losses, of what an example's `main` returned."""
+    if name == "hf_trainer":
+        return result.optimizer.optimizer, [row["loss"] for row in result.state.log_history if "loss" in row]
+    if name == "lightning_module":
+        return result.trainer.optimizers[0], result.losses
+    optimizer, losses = result
+    return optimizer, losses
+
+
+@pytest.mark.parametrize("example", ALONE, indirect=True)
+def test_learns_and_resumes_with_the_same_bits(example: ModuleType, tmp_path: Path) -> None:
+    """Without its last checkpoint, and started anew, a run ends with the bits that it had: losses, weights, state."""
+    name = example.__name__
+    straight, losses = outcome(name, example.main(["--steps", f"{STEPS}", "--out", f"{tmp_path}"]))
+    assert losses[0] > FIRST_LOSS and sum(losses[-5:]) / 5 < LAST_LOSS
+    last = tmp_path / ALONE[name]
+    last.rename(tmp_path / "aside")
+
+    resumed, rest = outcome(name, example.main(["--steps", f"{STEPS}", "--out", f"{tmp_path}", "--resume"]))
+    assert last.exists(), "it went on from the checkpoint before and wrote this one again"
+    assert len(losses) // 2 <= len(rest) and rest == losses[-len(rest) :]
+    assert_same_bits(resumed, straight)
+    assert {int(state["step"]) for state in resumed.state.values()} == {STEPS}
+    assert resumed.state_dict()["param_groups"] == straight.state_dict()["param_groups"]
+
+
+@pytest.mark.parametrize("example", ["hf_trainer"], indirect=True)
+@pytest.mark.parametrize("formats", [("stochastic", "bfloat16"), ("split32", "float32")])
+def test_hf_trainer_in_other_formats(example: ModuleType, tmp_path: Path, formats: tuple[str, str]) -> None:
+    """The same through `--formats`; the default is "split24" and "8bit"."""
+    arguments = ["--steps", "8", "--out", f"{tmp_path}", "--formats", *formats]
+    straight, _ = outcome("hf_trainer", example.main(arguments))
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    resumed, _ = outcome("hf_trainer", example.main([*arguments, "--resume"]))
+    assert_same_bits(resumed, straight)
+    used = {tuple(found) for found in resumed.formats().values()}
+    assert used == {formats}
+
+
+@pytest.mark.parametrize("example", [name for name in ALONE if name != "hf_trainer"], indirect=True)
+def test_nothing_to_resume_from(example: ModuleType, tmp_path: Path) -> None:
+    """An error that says so, and what to do."""
+    with pytest.raises(SystemExit, match=re.escape(f"no checkpoint in {tmp_path}")):
+        example.main(["--steps", "2", "--out", f"{tmp_path}", "--resume"])
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def be_a_rank() -> None:
+    """What torchrun starts: the examples one after another, with the flags that follow the folder."""
+    sys.path.insert(0, str(EXAMPLES))
+    torch.set_num_threads(1)
+    for number, name in enumerate(TOGETHER):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = f"{number}"  # or this one would read the addresses of the one before
+        if os.environ["RANK"] == "0":
+            print(f"== {name}")
+        importlib.import_module(name).main(["--steps", f"{STEPS}", "--out", f"{sys.argv[1]}/{name}", *sys.argv[2:]])
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads now and then abort a process that ends by itself (torch 2.13, without us too)
+
+
+def torchrun(*arguments: str) -> dict[str, dict[int, float]]:
+    """The losses that each example printed, by step."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+    }
+    ranks = subprocess.Popen(
+        [*command, *rendezvous, __file__, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        said, _ = ranks.communicate(timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        ranks.terminate()  # torchrun then ends its ranks
+        pytest.fail(f"the ranks took more than {LIMIT_S} s:\n{ranks.communicate(timeout=LIMIT_S)[0]}")
+    assert ranks.returncode == 0, said
+    parts = re.split(r"== (\w+)\n", said)
+    losses: dict[str, dict[int, float]] = {name: {} for name in TOGETHER}
+    for name, part in zip(parts[1::2], parts[2::2], strict=True):
+        losses[name] |= {int(step): float(loss) for step, loss in re.findall(r"step (\d+): loss ([\d.]+)", part)}
+    return losses
+
+
+@pytest.fixture(scope="module")
+def torchruns(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The folder, and what was printed by a run to the end and by one that went on without the last checkpoints."""
+    out = tmp_path_factory.mktemp("torchrun")
+    straight = torchrun(f"{out}")
+    for name, last in TOGETHER.items():
+        (out / name / last).rename(out / name / "aside")
+    return out, straight, torchrun(f"{out}", "--resume")
+
+
+def leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in nested dictionaries and lists, named."""
+    if isinstance(value, (dict, list, tuple)):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(inner, f"{where}.{key}")
+    else:
+        yield where, value
+
+
+def read(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint in one file, or in DCP's folder."""
+    if checkpoint.is_dir():
+        from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+        file = checkpoint.with_suffix(".whole")
+        dcp_to_torch_save(checkpoint, file)
+        checkpoint = file
+    return dict(leaves(torch.load(checkpoint, weights_only=True)))
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.parametrize("name", TOGETHER)
+def test_ranks_learn_and_resume_with_the_same_bits(torchruns: Any, name: str) -> None:
+    """The checkpoint at the end, of two ranks that went on from the one halfway, is that of a run without the stop."""
+    out, straight, resumed = torchruns
+    assert list(straight[name]) == [1, 11, 20] and list(resumed[name]) == [11, 20]
+    assert straight[name][1] > FIRST_LOSS and straight[name][20] < LAST_LOSS
+    assert resumed[name] == {step: straight[name][step] for step in (11, 20)}
+    expected, got = read(out / name / "aside"), read(out / name / TOGETHER[name])
+    assert expected.keys() == got.keys()
+    for key, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == got[key].dtype and torch.equal(bits(value), bits(got[key])), key
+        else:
+            assert value == got[key], key
+    dtypes = {value.dtype for value in expected.values() if isinstance(value, torch.Tensor)}
+    assert (torch.int8 in dtypes) == (name == "fsdp2_loop"), "24 bits of bfloat16 weights"
+
+
+if __name__ == "__main__":
+    be_a_rank()
