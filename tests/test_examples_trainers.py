@@ -1,12 +1,12 @@
 """examples/trainers: each learns, and resumed from its checkpoint it ends with the same bits as without the stop.
 
-The examples of one process run here, as `main` does for the command line. Those of several are started by torchrun,
-which runs this file: once to train, once to go on.
+The examples of one process run here, as `main` does for the command line; torchrun starts those of several.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import logging
 import os
@@ -41,7 +41,24 @@ ALONE = {
 TOGETHER = {"fsdp2_loop": "step-000020", "ddp_loop": "step-000020.pt"}
 
 
+# What the trainers say of themselves and of torch.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec"),
+    pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+
 # --- one process ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections() -> Iterator[None]:
+    """The Trainer collects garbage twice a run: most of its time, if it walks through all that was imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -119,30 +136,13 @@ def test_nothing_to_resume_from(example: ModuleType, tmp_path: Path) -> None:
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-def be_a_rank() -> None:
-    """What torchrun starts: the examples one after another, with the flags that follow the folder."""
-    sys.path.insert(0, str(EXAMPLES))
-    torch.set_num_threads(1)
-    for number, name in enumerate(TOGETHER):
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = f"{number}"  # or this one would read the addresses of the one before
-        if os.environ["RANK"] == "0":
-            print(f"== {name}")
-        importlib.import_module(name).main(["--steps", f"{STEPS}", "--out", f"{sys.argv[1]}/{name}", *sys.argv[2:]])
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads now and then abort a process that ends by itself (torch 2.13, without us too)
-
-
-def torchrun(*arguments: str) -> dict[str, dict[int, float]]:
-    """The losses that each example printed, by step."""
+def torchrun(name: str, *arguments: str) -> dict[int, float]:
+    """The losses that two ranks of an example printed, by step."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
-    }
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # on a port that is free
     ranks = subprocess.Popen(
-        [*command, *rendezvous, __file__, *arguments],
-        env=environment,
+        [*command, *rendezvous, str(EXAMPLES / f"{name}.py"), *arguments],
+        env={"GLOO_SOCKET_IFNAME": "lo"} | os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -153,21 +153,7 @@ def torchrun(*arguments: str) -> dict[str, dict[int, float]]:
         ranks.terminate()  # torchrun then ends its ranks
         pytest.fail(f"the ranks took more than {LIMIT_S} s:\n{ranks.communicate(timeout=LIMIT_S)[0]}")
     assert ranks.returncode == 0, said
-    parts = re.split(r"== (\w+)\n", said)
-    losses: dict[str, dict[int, float]] = {name: {} for name in TOGETHER}
-    for name, part in zip(parts[1::2], parts[2::2], strict=True):
-        losses[name] |= {int(step): float(loss) for step, loss in re.findall(r"step (\d+): loss ([\d.]+)", part)}
-    return losses
-
-
-@pytest.fixture(scope="module")
-def torchruns(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """The folder, and what was printed by a run to the end and by one that went on without the last checkpoints."""
-    out = tmp_path_factory.mktemp("torchrun")
-    straight = torchrun(f"{out}")
-    for name, last in TOGETHER.items():
-        (out / name / last).rename(out / name / "aside")
-    return out, straight, torchrun(f"{out}", "--resume")
+    return {int(step): float(loss) for step, loss in re.findall(r"step (\d+): loss ([\d.]+)", said)}
 
 
 def leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
@@ -192,13 +178,16 @@ def read(checkpoint: Path) -> dict[str, Any]:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 @pytest.mark.parametrize("name", TOGETHER)
-def test_ranks_learn_and_resume_with_the_same_bits(torchruns: Any, name: str) -> None:
+def test_ranks_learn_and_resume_with_the_same_bits(tmp_path: Path, name: str) -> None:
     """The checkpoint at the end, of two ranks that went on from the one halfway, is that of a run without the stop."""
-    out, straight, resumed = torchruns
-    assert list(straight[name]) == [1, 11, 20] and list(resumed[name]) == [11, 20]
-    assert straight[name][1] > FIRST_LOSS and straight[name][20] < LAST_LOSS
-    assert resumed[name] == {step: straight[name][step] for step in (11, 20)}
-    expected, got = read(out / name / "aside"), read(out / name / TOGETHER[name])
+    arguments, last = ["--steps", f"{STEPS}", "--out", f"{tmp_path}"], tmp_path / TOGETHER[name]
+    losses = torchrun(name, *arguments)
+    assert list(losses) == [1, 11, 20]
+    assert losses[1] > FIRST_LOSS and losses[20] < LAST_LOSS
+    last.rename(tmp_path / "aside")
+    assert torchrun(name, *arguments, "--resume") == {step: losses[step] for step in (11, 20)}
+
+    expected, got = read(tmp_path / "aside"), read(last)
     assert expected.keys() == got.keys()
     for key, value in expected.items():
         if isinstance(value, torch.Tensor):
@@ -207,7 +196,3 @@ def test_ranks_learn_and_resume_with_the_same_bits(torchruns: Any, name: str) ->
             assert value == got[key], key
     dtypes = {value.dtype for value in expected.values() if isinstance(value, torch.Tensor)}
     assert (torch.int8 in dtypes) == (name == "fsdp2_loop"), "24 bits of bfloat16 weights"
-
-
-if __name__ == "__main__":
-    be_a_rank()
