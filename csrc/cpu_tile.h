@@ -5,15 +5,10 @@
 // hundred of them, and would not be vectorised where groups of sixteen meet.
 #pragma once
 
+#include "cpu_philox.h"
 #include "moments8.h"
 #include "philox.h"
 #include "rule.h"
-
-#ifdef __clang__
-#define ADAMW_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define ADAMW_VECTORIZE _Pragma("GCC ivdep")
-#endif
 
 namespace {
 
@@ -317,15 +312,7 @@ constexpr TileStage kStoreBuffer[] = {store_buffer_wide, store_buffer_in_bf16};
 // --- a tile --------------------------------------------------------------------------------------------------------
 
 void draw(Tile& tile) {
-  const int64_t first = tile.row->first_element + tile.begin;
-  const uint64_t key = tile.key;
-  const int64_t count = tile.count;
-  ADAMW_VECTORIZE
-  for (int64_t i = 0; i < count; ++i) {
-    const RandomBits random = random_bits(key, first + i);
-    tile.word0[i] = random.word0;
-    tile.word1[i] = random.word1;
-  }
+  draw_words(tile.key, tile.row->first_element + tile.begin, tile.count, tile.word0, tile.word1);
 }
 
 template <bool kWithAmsgrad, bool kWithVariants>
