@@ -55,7 +55,7 @@ struct Codebook {
 // 1, 2, ..., 8, 10, 12, 14, 16, 20, 24, 28, 32
 ADAMW_HD uint32_t octaves_of(uint32_t mode) { return mode < 4 ? mode + 1 : (5 + (mode & 3)) << ((mode >> 2) - 1); }
 
-ADAMW_HD Codebook make_codebook(uint32_t e, uint32_t mode) {
+ADAMW_HD constexpr Codebook make_codebook(uint32_t e, uint32_t mode) {
   // 254 / octaves_of(mode), four to a word.
   const uint32_t low = mode < 4 ? 0x3f547ffeu : 0x1f242a32u, high = mode < 12 ? 0x0f121519u : 0x07090a0cu;
   const uint32_t n = ((mode < 8 ? low : high) >> (8 * (mode & 3))) & 255u;
@@ -99,7 +99,7 @@ struct Position {
 };
 
 ADAMW_HD Position position(uint32_t code, const Codebook& book) {
-  const uint32_t q = code - (code > 0 ? 1u : 0u);
+  const uint32_t q = code - 1u;
   const uint32_t octave = (q * ((book.reciprocal >> 16) + 1u)) >> 16;  // q / N
   const uint32_t within = q - octave * book.per_octave;
   const uint32_t bits = ((book.e + octave) << 23) + ((within * book.reciprocal + 256u) >> 9);
@@ -137,20 +137,19 @@ ADAMW_HD uint32_t forget_dead(uint32_t bits, float m, uint32_t largest) {
   return (m == 0.0f) & (bits < far) ? 0u : bits;
 }
 
-// `random`: 16 bits.
+// `random`: 16 bits. Octaves and what lies within one are one number, as no group holds more than 254 codes of 2^23.
 ADAMW_HD uint32_t encode_second(uint32_t bits, const Codebook& book, uint32_t random) {
-  const uint32_t within = ((bits & 0x7fffffu) * book.per_octave + (random << 7) + 64u) >> 23;
-  const int32_t q = static_cast<int32_t>((bits >> 23) - book.e) * static_cast<int32_t>(book.per_octave) +
-                    static_cast<int32_t>(within);
-  const auto inside = static_cast<uint32_t>(q < 0 ? 0 : q > 254 ? 254 : q);
-  return bits > 0 ? inside + 1u : 0u;
+  const auto above = static_cast<int32_t>(bits - (book.e << 23));
+  const uint32_t inside = static_cast<uint32_t>(above < 0 ? 0 : above);
+  const uint32_t code = (inside * book.per_octave + (random << 7) + (64u + (1u << 23))) >> 23;
+  return bits > 0 ? code : 0u;
 }
 
 // `ratio`: m / s. `before`: m of the step before, as it was decoded. `random`: 16 bits.
 ADAMW_HD int32_t encode_first(float ratio, float m, float before, float reference, uint32_t j, bool not_finite,
                               uint32_t random) {
   const float moved = m - before, distance = moved < 0.0f ? -moved : moved;
-  const float two_steps = 2.0f * (reference * ratio_step(j));
+  const float two_steps = reference * (2.0f * ratio_step(j));
   // To nearest: the chance bit breaks ties, else an m that decays by a fixed factor would lag behind.
   const uint32_t threshold = distance < two_steps ? random : 0x7fffu + (random & 1u);
   float z = ratio * steps_per_ratio(j);
