@@ -38,9 +38,9 @@ struct Tile {
   alignas(64) uint32_t not_finite[kTile];
   alignas(64) int32_t first_code[kTile];
   alignas(64) uint32_t second_code[kTile];
-  alignas(64) int32_t rank[kTile];
+  alignas(64) uint32_t rank[kTile];
   // Of its groups.
-  alignas(64) int32_t greatest[kTileGroups];
+  alignas(64) uint32_t greatest[kTileGroups];
   alignas(64) uint32_t word[kTileGroups];
 };
 
@@ -215,24 +215,27 @@ constexpr Codebooks kCodebooks = make_codebooks();
 
 Codebook codebook(uint32_t e, uint32_t mode) {
   const Codebook& book = kCodebooks.of_mode[mode];
-  return {e, book.per_octave, book.reciprocal};
+  return {e, book.per_octave, book.reciprocal, book.inverse};
 }
 Codebook codebook_of_word(uint32_t word) { return codebook(word >> 8, (word >> 4) & 15u); }
 
 // Elements of a tile's groups: `count` and what lies behind a tensor's end, which is zero throughout.
 int64_t padded(const Tile& tile) { return (tile.count + kGroup - 1) / kGroup * kGroup; }
 
-void halve(const int32_t* from, int32_t* to, int64_t count) {
+void halve(const uint32_t* from, uint32_t* to, int64_t count) {
   ADAMW_VECTORIZE
-  for (int64_t i = 0; i < count; ++i) to[i] = from[2 * i] > from[2 * i + 1] ? from[2 * i] : from[2 * i + 1];
+  for (int64_t i = 0; i < count; ++i) {
+    const auto a = static_cast<int32_t>(from[2 * i]), b = static_cast<int32_t>(from[2 * i + 1]);
+    to[i] = static_cast<uint32_t>(a > b ? a : b);
+  }
 }
 
-// The greatest `rank` of each group, neighbour by neighbour: three instructions a group of what every ISA can shuffle,
-// where sixteen elements on their own would take a dozen. Signed: SSE2 compares no others.
-void find_greatest(Tile& tile) {
+// The greatest of each group, neighbour by neighbour: three instructions a group of what every ISA can shuffle, where
+// sixteen elements on their own would take a dozen. `x` is below 2^31: SSE2 compares signed integers only.
+void find_greatest(Tile& tile, const uint32_t* x) {
   const int64_t groups = padded(tile) / kGroup;
-  alignas(64) int32_t eight[kTile / 2], four[kTile / 4], two[kTile / 8];
-  halve(tile.rank, eight, 8 * groups);
+  alignas(64) uint32_t eight[kTile / 2], four[kTile / 4], two[kTile / 8];
+  halve(x, eight, 8 * groups);
   halve(eight, four, 4 * groups);
   halve(four, two, 2 * groups);
   halve(two, tile.greatest, groups);
@@ -271,23 +274,21 @@ void load_moments8(Tile& tile) {
 // The words of groups, but for `j`, out of their elements' `bits`, of which dead ones are forgotten.
 void choose_ranges(Tile& tile) {
   const int64_t end = padded(tile);
-  ADAMW_VECTORIZE
-  for (int64_t i = 0; i < end; ++i) tile.rank[i] = static_cast<int32_t>(tile.bits[i]);
-  find_greatest(tile);
+  find_greatest(tile, tile.bits);
   for (int64_t begin = 0; begin < end; begin += kGroup) {
-    const auto largest = static_cast<uint32_t>(tile.greatest[begin / kGroup]);
+    const uint32_t largest = tile.greatest[begin / kGroup];
     tile.word[begin / kGroup] = largest;
     ADAMW_VECTORIZE_GROUP
     for (int64_t i = begin; i < begin + kGroup; ++i) {
       const uint32_t bits = forget_dead(tile.bits[i], tile.first[i], largest);
       tile.bits[i] = bits;
-      tile.rank[i] = static_cast<int32_t>((0u - bits) & 0x7fffffffu);  // the smallest is the greatest, 0 stays 0
+      tile.rank[i] = (0u - bits) & 0x7fffffffu;  // the smallest is the greatest, 0 stays 0
     }
   }
-  find_greatest(tile);
+  find_greatest(tile, tile.rank);
   ADAMW_VECTORIZE
   for (int64_t group = 0; group < end / kGroup; ++group) {
-    const uint32_t upper = tile.word[group], lower = (0u - static_cast<uint32_t>(tile.greatest[group])) & 0x7fffffffu;
+    const uint32_t upper = tile.word[group], lower = (0u - tile.greatest[group]) & 0x7fffffffu;
     const uint32_t mode = mode_of(lower, upper);
     tile.word[group] = first_octave(lower, upper, mode) << 8 | mode << 4;
   }
@@ -309,16 +310,16 @@ void store_moments8(Tile& tile) {
     for (int64_t i = begin; i < begin + kGroup; ++i) {
       const uint32_t code = encode_second(tile.bits[i], book, RandomBits{0, tile.word1[i]}.for_second_moment());
       const Position at = position(code, book);
-      const float ratio = tile.not_finite[i] ? 0.0f : tile.first[i] * inverse_of(code, at);
+      const float ratio = tile.first[i] * inverse_of(code, at);
       tile.second_code[i] = code;
       tile.reference[i] = reference_of(code, at);
       tile.ratio[i] = ratio;
-      tile.rank[i] = static_cast<int32_t>(float_bits(ratio) & 0x7fffffffu);
+      tile.rank[i] = float_bits(ratio) & 0x7fffffffu;
     }
   }
-  find_greatest(tile);
+  find_greatest(tile, tile.rank);
   for (int64_t begin = 0; begin < end; begin += kGroup) {
-    const uint32_t j = ratio_code(bits_float(static_cast<uint32_t>(tile.greatest[begin / kGroup])));
+    const uint32_t j = ratio_code(bits_float(tile.greatest[begin / kGroup]));
     tile.word[begin / kGroup] |= j;
     ADAMW_VECTORIZE_GROUP
     for (int64_t i = begin; i < begin + kGroup; ++i) {

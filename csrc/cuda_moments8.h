@@ -35,9 +35,9 @@ __device__ __forceinline__ void decode(uint32_t word, const Vector<int8_t, N>& f
   }
 }
 
-// `before`: the first moment as it was decoded. Returns the group's word.
+// `before`: the first moment as it was decoded. An `m` that is not finite becomes 0. Returns the group's word.
 template <int N>
-__device__ __forceinline__ uint32_t encode(const Vector<float, N>& m, const Vector<float, N>& v,
+__device__ __forceinline__ uint32_t encode(Vector<float, N>& m, const Vector<float, N>& v,
                                            const Vector<float, N>& before, float rescale, const RandomBits (&random)[N],
                                            Vector<int8_t, N>& first_code, Vector<uint8_t, N>& second_code) {
   uint32_t bits[N], largest = 0;
@@ -65,7 +65,7 @@ __device__ __forceinline__ uint32_t encode(const Vector<float, N>& m, const Vect
   for (int k = 0; k < N; ++k) {
     const uint32_t code = encode_second(bits[k], book, random[k].for_second_moment());
     second_code.at[k] = static_cast<uint8_t>(code);
-    ratio[k] = not_finite[k] ? 0.0f : m.at[k] * inverse_of(code, position(code, book));
+    ratio[k] = m.at[k] * inverse_of(code, position(code, book));
     const uint32_t magnitude = float_bits(ratio[k]) & 0x7fffffffu;
     largest_ratio = largest_ratio > magnitude ? largest_ratio : magnitude;
   }
