@@ -42,6 +42,8 @@ struct Tile {
   // Of its groups.
   alignas(64) uint32_t greatest[kTileGroups];
   alignas(64) uint32_t word[kTileGroups];
+  alignas(64) float step[kTileGroups];
+  alignas(64) RatioScale scale[kTileGroups];
 };
 
 template <typename T>
@@ -256,11 +258,16 @@ void load_moments8(Tile& tile) {
     tile.second_code[i] = 0;
     tile.weight[i] = tile.gradient[i] = 0.0f;
   }
+  ADAMW_VECTORIZE
+  for (int64_t group = 0; group < end / kGroup; ++group) {
+    const uint32_t word = words[group];
+    tile.word[group] = word;
+    tile.step[group] = ratio_step(word & 15u);
+  }
   const float unscale = tile.coefficients->unscale;
   for (int64_t begin = 0; begin < end; begin += kGroup) {
-    const uint32_t word = words[begin / kGroup];
-    const Codebook book = codebook_of_word(word);
-    const float step = ratio_step(word & 15u);
+    const Codebook book = codebook_of_word(tile.word[begin / kGroup]);
+    const float step = tile.step[begin / kGroup];
     ADAMW_VECTORIZE_GROUP
     for (int64_t i = begin; i < begin + kGroup; ++i) {
       const uint32_t code = tile.second_code[i];
@@ -318,12 +325,17 @@ void store_moments8(Tile& tile) {
     }
   }
   find_greatest(tile, tile.rank);
+  ADAMW_VECTORIZE
+  for (int64_t group = 0; group < end / kGroup; ++group) {
+    const uint32_t j = ratio_code(bits_float(tile.greatest[group]));
+    tile.word[group] |= j;
+    tile.scale[group] = ratio_scale(j);
+  }
   for (int64_t begin = 0; begin < end; begin += kGroup) {
-    const uint32_t j = ratio_code(bits_float(tile.greatest[begin / kGroup]));
-    tile.word[begin / kGroup] |= j;
+    const RatioScale scale = tile.scale[begin / kGroup];
     ADAMW_VECTORIZE_GROUP
     for (int64_t i = begin; i < begin + kGroup; ++i) {
-      tile.first_code[i] = encode_first(tile.ratio[i], tile.first[i], tile.before[i], tile.reference[i], j,
+      tile.first_code[i] = encode_first(tile.ratio[i], tile.first[i], tile.before[i], tile.reference[i], scale,
                                         tile.not_finite[i] != 0, RandomBits{0, tile.word1[i]}.for_first_moment());
     }
   }

@@ -70,12 +70,13 @@ __device__ __forceinline__ uint32_t encode(Vector<float, N>& m, const Vector<flo
     largest_ratio = largest_ratio > magnitude ? largest_ratio : magnitude;
   }
   const uint32_t j = ratio_code(bits_float(largest_of_group<N>(largest_ratio)));
+  const RatioScale scale = ratio_scale(j);
 #pragma unroll
   for (int k = 0; k < N; ++k) {
     const uint32_t code = second_code.at[k];
     const float reference = reference_of(code, position(code, book));
     first_code.at[k] = static_cast<int8_t>(
-        encode_first(ratio[k], m.at[k], before.at[k], reference, j, not_finite[k], random[k].for_first_moment()));
+        encode_first(ratio[k], m.at[k], before.at[k], reference, scale, not_finite[k], random[k].for_first_moment()));
   }
   return book.e << 8 | mode << 4 | j;
 }

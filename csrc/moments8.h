@@ -96,6 +96,14 @@ ADAMW_HD float steps_per_ratio(uint32_t j) {
   return bits_float((508u - half_octave) << 22) * (half_octave & 1u ? 127.0f * (8.0f / 9.0f) : 127.0f);
 }
 
+// What encoding needs of it.
+struct RatioScale {
+  float two_steps;
+  float steps_per_ratio;
+};
+
+ADAMW_HD RatioScale ratio_scale(uint32_t j) { return {2.0f * ratio_step(j), steps_per_ratio(j)}; }
+
 // --- one element ----------------------------------------------------------------------------------------------------
 
 // x, or 0 where not `kept`. An integer mask: of selects that depend on each other, gcc 12 makes twenty instructions
@@ -158,13 +166,13 @@ ADAMW_HD uint32_t encode_second(uint32_t bits, const Codebook& book, uint32_t ra
 }
 
 // `ratio`: m / s. `before`: m of the step before, as it was decoded. `random`: 16 bits.
-ADAMW_HD int32_t encode_first(float ratio, float m, float before, float reference, uint32_t j, bool not_finite,
-                              uint32_t random) {
+ADAMW_HD int32_t encode_first(float ratio, float m, float before, float reference, const RatioScale& scale,
+                              bool not_finite, uint32_t random) {
   const float distance = bits_float(float_bits(m - before) & 0x7fffffffu);
-  const float two_steps = reference * (2.0f * ratio_step(j));
+  const float two_steps = reference * scale.two_steps;
   // To nearest: the chance bit breaks ties, else an m that decays by a fixed factor would lag behind.
   const uint32_t threshold = distance < two_steps ? random : 0x7fffu + (random & 1u);
-  float z = ratio * steps_per_ratio(j);
+  float z = ratio * scale.steps_per_ratio;
   z = z > 127.0f ? 127.0f : z;
   z = z + (static_cast<float>(static_cast<int32_t>(threshold)) * 0x1p-16f + 128.0f);
   z = z < 1.0f ? 1.0f : z;  // -127
