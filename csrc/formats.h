@@ -40,17 +40,17 @@ ADAMW_HD float bf16_to_float(uint16_t h) { return bits_float(static_cast<uint32_
 
 ADAMW_HD uint16_t float_to_bf16(float x) {
   const uint32_t u = float_bits(x);
-  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const uint32_t quiet = (u >> 16) | 0x40u;  // rounding up a NaN could carry into the sign: keep it a NaN
-  return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+  const uint32_t rounded = u + (0x7fffu + ((u >> 16) & 1u));
+  const uint32_t quiet = u | 0x400000u;  // rounding up a NaN could carry into the sign: keep it a NaN
+  return static_cast<uint16_t>((x != x ? quiet : rounded) >> 16);
 }
 
 // Rounded up with the probability of the distance: unbiased. `random`: 16 bits.
 ADAMW_HD uint16_t float_to_bf16_stochastic(float x, uint32_t random) {
   const uint32_t u = float_bits(x);
-  const uint32_t rounded = (u + random) >> 16;
-  const uint32_t quiet = (u >> 16) | 0x40u;
-  return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+  const uint32_t rounded = u + random;
+  const uint32_t quiet = u | 0x400000u;
+  return static_cast<uint16_t>((x != x ? quiet : rounded) >> 16);
 }
 
 // --- float16 ------------------------------------------------------------------------------------------
