@@ -4,7 +4,8 @@
 // instruction with one result, but gcc 12 and clang leave a loop over 32-bit words to 64 x 64-bit products, of three
 // micro-operations on Intel, and sort halves between lanes every round. So an element stays in a 64-bit lane of its own
 // for all rounds, and what garbage its upper half holds meanwhile is never looked at: three instructions a round and
-// register, and one shuffle at the end. Measured: 34 cycles for 16 elements with AVX-512 where the loop takes 120.
+// register, and one shuffle at the end. Measured on Sapphire Rapids, both cores busy: 29
+// cycles for 16 elements with AVX-512 where the loop takes 120, 52 with AVX2 (216), 102 with SSE2 (232).
 #pragma once
 
 #include "cpu_vectorize.h"
