@@ -1,11 +1,11 @@
 // The random words of many elements at once. philox.h says what they are; this says how a CPU's vectors draw them fast.
 //
 // A round needs the whole product of two 32-bit integers. x86 multiplies the lower halves of 64-bit lanes, one
-// instruction with one result, but gcc 12 and clang leave a loop over 32-bit words to 64 x 64-bit products, of three
-// micro-operations on Intel, and sort halves between lanes every round. So an element stays in a 64-bit lane of its own
-// for all rounds, and what garbage its upper half holds meanwhile is never looked at: three instructions a round and
-// register, and one shuffle at the end. Measured on Sapphire Rapids, both cores busy: 29
-// cycles for 16 elements with AVX-512 where the loop takes 120, 52 with AVX2 (216), 102 with SSE2 (232).
+// instruction with one result, but gcc 12 turns a loop over 32-bit words into 64 x 64-bit products, of three
+// micro-operations on Intel, and sorts halves between lanes every round. So an element stays in a 64-bit lane of its
+// own for all rounds, and what garbage its upper half holds meanwhile is never looked at: three instructions a round
+// and register, and one shuffle at the end. Cycles for 16 elements, Sapphire Rapids with both cores busy: 29 with
+// AVX-512 where the loop takes 120, 52 with AVX2 (216), 102 with SSE2 (232).
 #pragma once
 
 #include "cpu_vectorize.h"
@@ -87,6 +87,8 @@ void draw_words(uint64_t key, int64_t first, int64_t count, uint32_t* word0, uin
 }
 
 #else
+
+constexpr int64_t kDrawn = 1;
 
 void draw_words(uint64_t key, int64_t first, int64_t count, uint32_t* word0, uint32_t* word1) {
   ADAMW_VECTORIZE

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kTile = 512;
 constexpr int64_t kTileGroups = kTile / kGroup;
+static_assert(kTile % kDrawn == 0, "draw_words() fills whole rounds");
 
 // Elements [begin, begin + count) of one tensor; `count` is kTile but for the tensor's last tile.
 struct Tile {
