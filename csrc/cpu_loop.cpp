@@ -92,10 +92,15 @@ void average_chunk_in_bf16(const Chunk& chunk) {
   const int64_t first_element = chunk.row->first_element;
   uint64_t key;
   memcpy(&key, static_cast<const char*>(chunk.coefficients) + kKeyOffset, sizeof(key));
-  ADAMW_VECTORIZE
-  for (int64_t i = chunk.begin; i < chunk.end; ++i) {
-    const float average = moving_average(load<float>(ema + i), load<float>(p + i), weight_of_new);
-    store_stochastic(ema + i, average, random_bits(key, first_element + i).for_average());
+  alignas(64) uint32_t word0[kTile], word1[kTile];
+  for (int64_t begin = chunk.begin; begin < chunk.end; begin += kTile) {
+    const int64_t count = begin + kTile < chunk.end ? kTile : chunk.end - begin;
+    draw_words(key, first_element + begin, count, word0, word1);
+    ADAMW_VECTORIZE
+    for (int64_t i = 0; i < count; ++i) {
+      const float average = moving_average(load<float>(ema + begin + i), load<float>(p + begin + i), weight_of_new);
+      store_stochastic(ema + begin + i, average, RandomBits{word0[i], 0}.for_average());
+    }
   }
 }
 

@@ -5,20 +5,17 @@
 // hundred of them, and would not be vectorised where groups of sixteen meet.
 #pragma once
 
+#include "cpu_philox.h"
+#include "cpu_vectorize.h"
 #include "moments8.h"
 #include "philox.h"
 #include "rule.h"
-
-#ifdef __clang__
-#define ADAMW_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define ADAMW_VECTORIZE _Pragma("GCC ivdep")
-#endif
 
 namespace {
 
 constexpr int64_t kTile = 512;
 constexpr int64_t kTileGroups = kTile / kGroup;
+static_assert(kTile % kDrawn == 0, "draw_words() fills whole rounds");
 
 // Elements [begin, begin + count) of one tensor; `count` is kTile but for the tensor's last tile.
 struct Tile {
@@ -34,17 +31,20 @@ struct Tile {
   alignas(64) float second[kTile];
   alignas(64) uint32_t word0[kTile];
   alignas(64) uint32_t word1[kTile];
-  // Of moments in 8 bits: as they were, and what an element shares with its group.
+  // Of moments in 8 bits: m as it was decoded, s, m / s, and what is found on the way.
   alignas(64) float before[kTile];
   alignas(64) float reference[kTile];
+  alignas(64) float ratio[kTile];
   alignas(64) uint32_t bits[kTile];
   alignas(64) uint32_t not_finite[kTile];
-  alignas(64) uint32_t first_octave[kTile];
-  alignas(64) uint32_t per_octave[kTile];
-  alignas(64) uint32_t reciprocal[kTile];
-  alignas(64) float step[kTile];
-  alignas(64) int8_t first_code[kTile];
-  alignas(64) uint8_t second_code[kTile];
+  alignas(64) int32_t first_code[kTile];
+  alignas(64) uint32_t second_code[kTile];
+  alignas(64) uint32_t rank[kTile];
+  // Of its groups.
+  alignas(64) uint32_t greatest[kTileGroups];
+  alignas(64) uint32_t word[kTileGroups];
+  alignas(64) float step[kTileGroups];
+  alignas(64) RatioScale scale[kTileGroups];
 };
 
 template <typename T>
@@ -200,111 +200,160 @@ void store_moments_in_bf16(Tile& tile) {
   }
 }
 
-void share_codebook(Tile& tile, int64_t begin, const Codebook& book) {
-  for (int64_t i = begin; i < begin + kGroup; ++i) {
-    tile.first_octave[i] = book.e;
-    tile.per_octave[i] = book.per_octave;
-    tile.reciprocal[i] = book.reciprocal;
-  }
-}
+// --- moments in 8 bits: loops over elements, and over groups of sixteen, all in 32 bits ------------------------------
 
-Codebook codebook_of(const Tile& tile, int64_t i) {
-  return {tile.first_octave[i], tile.per_octave[i], tile.reciprocal[i]};
+// A loop over a group is one register of AVX-512, if nothing in it is narrower than 32 bits: gcc would take registers
+// of 16 bytes, for sixteen codes, throughout. So codes are widened and narrowed by loops of their own.
+
+// Codebooks by mode: a division a group is then saved.
+struct Codebooks {
+  Codebook of_mode[16];
+};
+constexpr Codebooks make_codebooks() {
+  Codebooks books = {};
+  for (uint32_t mode = 0; mode < 16; ++mode) books.of_mode[mode] = make_codebook(0, mode);
+  return books;
 }
+constexpr Codebooks kCodebooks = make_codebooks();
+
+Codebook codebook(uint32_t e, uint32_t mode) {
+  const Codebook& book = kCodebooks.of_mode[mode];
+  return {e, book.per_octave, book.reciprocal, book.inverse};
+}
+Codebook codebook_of_word(uint32_t word) { return codebook(word >> 8, (word >> 4) & 15u); }
 
 // Elements of a tile's groups: `count` and what lies behind a tensor's end, which is zero throughout.
 int64_t padded(const Tile& tile) { return (tile.count + kGroup - 1) / kGroup * kGroup; }
 
+void halve(const uint32_t* from, uint32_t* to, int64_t count) {
+  ADAMW_VECTORIZE
+  for (int64_t i = 0; i < count; ++i) {
+    const auto a = static_cast<int32_t>(from[2 * i]), b = static_cast<int32_t>(from[2 * i + 1]);
+    to[i] = static_cast<uint32_t>(a > b ? a : b);
+  }
+}
+
+// The greatest of each group, neighbour by neighbour: three instructions a group of what every ISA can shuffle, where
+// sixteen elements on their own would take a dozen. `x` is below 2^31: SSE2 compares signed integers only.
+void find_greatest(Tile& tile, const uint32_t* x) {
+  const int64_t groups = padded(tile) / kGroup;
+  alignas(64) uint32_t eight[kTile / 2], four[kTile / 4], two[kTile / 8];
+  halve(x, eight, 8 * groups);
+  halve(eight, four, 4 * groups);
+  halve(four, two, 2 * groups);
+  halve(two, tile.greatest, groups);
+}
+
 void load_moments8(Tile& tile) {
   const uint16_t* words = reinterpret_cast<const uint16_t*>(tile.row->groups) + tile.begin / kGroup;
-  const int64_t count = padded(tile);
-  memcpy(tile.first_code, elements<int8_t>(tile.row->exp_avg, tile), tile.count);
-  memcpy(tile.second_code, elements<uint8_t>(tile.row->exp_avg_sq, tile), tile.count);
-  for (int64_t i = tile.count; i < count; ++i) {
+  const int8_t* first_code = elements<int8_t>(tile.row->exp_avg, tile);
+  const uint8_t* second_code = elements<uint8_t>(tile.row->exp_avg_sq, tile);
+  const int64_t count = tile.count, end = padded(tile);
+  ADAMW_VECTORIZE
+  for (int64_t i = 0; i < count; ++i) {
+    tile.first_code[i] = first_code[i];
+    tile.second_code[i] = second_code[i];
+  }
+  for (int64_t i = count; i < end; ++i) {
     tile.first_code[i] = 0;
     tile.second_code[i] = 0;
     tile.weight[i] = tile.gradient[i] = 0.0f;
   }
-  for (int64_t group = 0; group < count / kGroup; ++group) {
+  ADAMW_VECTORIZE
+  for (int64_t group = 0; group < end / kGroup; ++group) {
     const uint32_t word = words[group];
-    share_codebook(tile, group * kGroup, make_codebook(word >> 8, (word >> 4) & 15));
-    const float step = ratio_step(word & 15);
-    for (int64_t i = group * kGroup; i < (group + 1) * kGroup; ++i) tile.step[i] = step;
+    tile.word[group] = word;
+    tile.step[group] = ratio_step(word & 15u);
   }
   const float unscale = tile.coefficients->unscale;
-  ADAMW_VECTORIZE
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t code = tile.second_code[i];
-    const Position at = position(code, codebook_of(tile, i));
-    tile.second[i] = decode_second(code, at, unscale);
-    tile.first[i] = tile.before[i] = decode_first(tile.first_code[i], reference_of(code, at), tile.step[i]);
+  for (int64_t begin = 0; begin < end; begin += kGroup) {
+    const Codebook book = codebook_of_word(tile.word[begin / kGroup]);
+    const float step = tile.step[begin / kGroup];
+    ADAMW_VECTORIZE_GROUP
+    for (int64_t i = begin; i < begin + kGroup; ++i) {
+      const uint32_t code = tile.second_code[i];
+      const Position at = position(code, book);
+      tile.second[i] = decode_second(code, at, unscale);
+      tile.first[i] = tile.before[i] = decode_first(tile.first_code[i], reference_of(code, at), step);
+    }
   }
 }
 
-// Codes of the second moment, whose ranges the groups agree on, and the ratios in `first`.
-void encode_second_moments(Tile& tile, uint16_t* words) {
-  const int64_t count = padded(tile);
-  const float rescale = tile.coefficients->rescale;
-  ADAMW_VECTORIZE
-  for (int64_t i = 0; i < count; ++i) {
-    bool not_finite;
-    tile.bits[i] = bits_of_second(tile.first[i], tile.second[i], rescale, not_finite);
-    tile.not_finite[i] = not_finite;
-  }
-  for (int64_t begin = 0; begin < count; begin += kGroup) {
-    uint32_t* bits = tile.bits + begin;
-    int32_t largest = 0, smallest_less_one = INT32_MAX;
-    for (int i = 0; i < kGroup; ++i) {
-      const auto x = static_cast<int32_t>(bits[i]);  // below 2^31; baseline x86 compares signed integers only
-      largest = x > largest ? x : largest;
+// The words of groups, but for `j`, out of their elements' `bits`, of which dead ones are forgotten.
+void choose_ranges(Tile& tile) {
+  const int64_t end = padded(tile);
+  find_greatest(tile, tile.bits);
+  for (int64_t begin = 0; begin < end; begin += kGroup) {
+    const uint32_t largest = tile.greatest[begin / kGroup];
+    tile.word[begin / kGroup] = largest;
+    ADAMW_VECTORIZE_GROUP
+    for (int64_t i = begin; i < begin + kGroup; ++i) {
+      const uint32_t bits = forget_dead(tile.bits[i], tile.first[i], largest);
+      tile.bits[i] = bits;
+      tile.rank[i] = (0u - bits) & 0x7fffffffu;  // the smallest is the greatest, 0 stays 0
     }
-    for (int i = 0; i < kGroup; ++i)
-      bits[i] = forget_dead(bits[i], tile.first[begin + i], static_cast<uint32_t>(largest));
-    for (int i = 0; i < kGroup; ++i) {
-      const auto x = static_cast<int32_t>((bits[i] - 1u) & 0x7fffffffu);  // 0 becomes the largest
-      smallest_less_one = x < smallest_less_one ? x : smallest_less_one;
-    }
-    const auto upper = static_cast<uint32_t>(largest);
-    const uint32_t lower = upper == 0 ? 0u : static_cast<uint32_t>(smallest_less_one) + 1u;
-    const uint32_t mode = mode_of(lower, upper), e = first_octave(lower, upper, mode);
-    share_codebook(tile, begin, make_codebook(e, mode));
-    words[begin / kGroup] = static_cast<uint16_t>(e << 8 | mode << 4);
   }
+  find_greatest(tile, tile.rank);
   ADAMW_VECTORIZE
-  for (int64_t i = 0; i < count; ++i) {
-    const Codebook book = codebook_of(tile, i);
-    const uint32_t code = encode_second(tile.bits[i], book, RandomBits{0, tile.word1[i]}.for_second_moment());
-    const Position at = position(code, book);
-    tile.second_code[i] = static_cast<uint8_t>(code);
-    tile.reference[i] = reference_of(code, at);
-    tile.second[i] = tile.not_finite[i] ? 0.0f : tile.first[i] * inverse_of(code, at);  // the ratio
+  for (int64_t group = 0; group < end / kGroup; ++group) {
+    const uint32_t upper = tile.word[group], lower = (0u - tile.greatest[group]) & 0x7fffffffu;
+    const uint32_t mode = mode_of(lower, upper);
+    tile.word[group] = first_octave(lower, upper, mode) << 8 | mode << 4;
   }
 }
 
 void store_moments8(Tile& tile) {
-  const int64_t count = padded(tile);
-  uint16_t words[kTileGroups];
-  encode_second_moments(tile, words);
-  for (int64_t begin = 0; begin < count; begin += kGroup) {
-    uint32_t largest = 0;
-    for (int64_t i = begin; i < begin + kGroup; ++i) {
-      const auto x = static_cast<int32_t>(float_bits(tile.second[i]) & 0x7fffffffu);
-      largest = static_cast<uint32_t>(x > static_cast<int32_t>(largest) ? x : static_cast<int32_t>(largest));
-    }
-    const uint32_t j = ratio_code(bits_float(largest));
-    words[begin / kGroup] = static_cast<uint16_t>(words[begin / kGroup] | j);
-    for (int64_t i = begin; i < begin + kGroup; ++i) tile.bits[i] = j;
+  const int64_t count = tile.count, end = padded(tile);
+  const float rescale = tile.coefficients->rescale;
+  ADAMW_VECTORIZE
+  for (int64_t i = 0; i < end; ++i) {
+    bool not_finite;
+    tile.bits[i] = bits_of_second(tile.first[i], tile.second[i], rescale, not_finite);
+    tile.not_finite[i] = not_finite;
   }
+  choose_ranges(tile);
+  for (int64_t begin = 0; begin < end; begin += kGroup) {
+    const Codebook book = codebook_of_word(tile.word[begin / kGroup]);
+    ADAMW_VECTORIZE_GROUP
+    for (int64_t i = begin; i < begin + kGroup; ++i) {
+      const uint32_t code = encode_second(tile.bits[i], book, RandomBits{0, tile.word1[i]}.for_second_moment());
+      const Position at = position(code, book);
+      const float ratio = tile.first[i] * inverse_of(code, at);
+      tile.second_code[i] = code;
+      tile.reference[i] = reference_of(code, at);
+      tile.ratio[i] = ratio;
+      tile.rank[i] = float_bits(ratio) & 0x7fffffffu;
+    }
+  }
+  find_greatest(tile, tile.rank);
+  ADAMW_VECTORIZE
+  for (int64_t group = 0; group < end / kGroup; ++group) {
+    const uint32_t j = ratio_code(bits_float(tile.greatest[group]));
+    tile.word[group] |= j;
+    tile.scale[group] = ratio_scale(j);
+  }
+  for (int64_t begin = 0; begin < end; begin += kGroup) {
+    const RatioScale scale = tile.scale[begin / kGroup];
+    ADAMW_VECTORIZE_GROUP
+    for (int64_t i = begin; i < begin + kGroup; ++i) {
+      tile.first_code[i] = encode_first(tile.ratio[i], tile.first[i], tile.before[i], tile.reference[i], scale,
+                                        tile.not_finite[i] != 0, RandomBits{0, tile.word1[i]}.for_first_moment());
+    }
+  }
+  int8_t* first_code = elements<int8_t>(tile.row->exp_avg, tile);
+  uint8_t* second_code = elements<uint8_t>(tile.row->exp_avg_sq, tile);
   ADAMW_VECTORIZE
   for (int64_t i = 0; i < count; ++i) {
-    tile.first_code[i] =
-        static_cast<int8_t>(encode_first(tile.second[i], tile.first[i], tile.before[i], tile.reference[i], tile.bits[i],
-                                         tile.not_finite[i] != 0, RandomBits{0, tile.word1[i]}.for_first_moment()));
+    first_code[i] = static_cast<int8_t>(tile.first_code[i]);
+    second_code[i] = static_cast<uint8_t>(tile.second_code[i]);
   }
-  memcpy(reinterpret_cast<uint16_t*>(tile.row->groups) + tile.begin / kGroup, words, count / kGroup * sizeof(uint16_t));
-  memcpy(elements<int8_t>(tile.row->exp_avg, tile), tile.first_code, tile.count);
-  memcpy(elements<uint8_t>(tile.row->exp_avg_sq, tile), tile.second_code, tile.count);
+  uint16_t* words = reinterpret_cast<uint16_t*>(tile.row->groups) + tile.begin / kGroup;
+  ADAMW_VECTORIZE
+  for (int64_t group = 0; group < end / kGroup; ++group) words[group] = static_cast<uint16_t>(tile.word[group]);
 }
+
+// --- moments of all formats
+// -------------------------------------------------------------------------------------------
 
 // In the order of MomentFormat.
 constexpr TileStage kLoadMoments[kMomentFormats] = {load_moments<float>, load_moments<bf16>, load_moments8};
@@ -317,15 +366,7 @@ constexpr TileStage kStoreBuffer[] = {store_buffer_wide, store_buffer_in_bf16};
 // --- a tile --------------------------------------------------------------------------------------------------------
 
 void draw(Tile& tile) {
-  const int64_t first = tile.row->first_element + tile.begin;
-  const uint64_t key = tile.key;
-  const int64_t count = tile.count;
-  ADAMW_VECTORIZE
-  for (int64_t i = 0; i < count; ++i) {
-    const RandomBits random = random_bits(key, first + i);
-    tile.word0[i] = random.word0;
-    tile.word1[i] = random.word1;
-  }
+  draw_words(tile.key, tile.row->first_element + tile.begin, tile.count, tile.word0, tile.word1);
 }
 
 template <bool kWithAmsgrad, bool kWithVariants>

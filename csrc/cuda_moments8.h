@@ -35,9 +35,9 @@ __device__ __forceinline__ void decode(uint32_t word, const Vector<int8_t, N>& f
   }
 }
 
-// `before`: the first moment as it was decoded. Returns the group's word.
+// `before`: the first moment as it was decoded. An `m` that is not finite becomes 0. Returns the group's word.
 template <int N>
-__device__ __forceinline__ uint32_t encode(const Vector<float, N>& m, const Vector<float, N>& v,
+__device__ __forceinline__ uint32_t encode(Vector<float, N>& m, const Vector<float, N>& v,
                                            const Vector<float, N>& before, float rescale, const RandomBits (&random)[N],
                                            Vector<int8_t, N>& first_code, Vector<uint8_t, N>& second_code) {
   uint32_t bits[N], largest = 0;
@@ -65,17 +65,18 @@ __device__ __forceinline__ uint32_t encode(const Vector<float, N>& m, const Vect
   for (int k = 0; k < N; ++k) {
     const uint32_t code = encode_second(bits[k], book, random[k].for_second_moment());
     second_code.at[k] = static_cast<uint8_t>(code);
-    ratio[k] = not_finite[k] ? 0.0f : m.at[k] * inverse_of(code, position(code, book));
+    ratio[k] = m.at[k] * inverse_of(code, position(code, book));
     const uint32_t magnitude = float_bits(ratio[k]) & 0x7fffffffu;
     largest_ratio = largest_ratio > magnitude ? largest_ratio : magnitude;
   }
   const uint32_t j = ratio_code(bits_float(largest_of_group<N>(largest_ratio)));
+  const RatioScale scale = ratio_scale(j);
 #pragma unroll
   for (int k = 0; k < N; ++k) {
     const uint32_t code = second_code.at[k];
     const float reference = reference_of(code, position(code, book));
     first_code.at[k] = static_cast<int8_t>(
-        encode_first(ratio[k], m.at[k], before.at[k], reference, j, not_finite[k], random[k].for_first_moment()));
+        encode_first(ratio[k], m.at[k], before.at[k], reference, scale, not_finite[k], random[k].for_first_moment()));
   }
   return book.e << 8 | mode << 4 | j;
 }

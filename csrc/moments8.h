@@ -50,24 +50,30 @@ struct Codebook {
   uint32_t e;           // biased exponent of the first octave
   uint32_t per_octave;  // N: codes an octave
   uint32_t reciprocal;  // 2^32 / N, rounded up
+  uint32_t inverse;     // 2^16 / N, rounded up
 };
 
 // 1, 2, ..., 8, 10, 12, 14, 16, 20, 24, 28, 32
-ADAMW_HD uint32_t octaves_of(uint32_t mode) { return mode < 4 ? mode + 1 : (5 + (mode & 3)) << ((mode >> 2) - 1); }
+ADAMW_HD uint32_t octaves_of(uint32_t mode) {
+  const uint32_t shift = mode < 4 ? 0u : (mode >> 2) - 1u;
+  return ((mode & 3u) + (mode < 4 ? 1u : 5u)) << shift;
+}
 
-ADAMW_HD Codebook make_codebook(uint32_t e, uint32_t mode) {
+ADAMW_HD constexpr Codebook make_codebook(uint32_t e, uint32_t mode) {
   // 254 / octaves_of(mode), four to a word.
   const uint32_t low = mode < 4 ? 0x3f547ffeu : 0x1f242a32u, high = mode < 12 ? 0x0f121519u : 0x07090a0cu;
   const uint32_t n = ((mode < 8 ? low : high) >> (8 * (mode & 3))) & 255u;
-  return {e, n, 0xffffffffu / n + 1u};
+  const uint32_t reciprocal = 0xffffffffu / n + 1u;
+  return {e, n, reciprocal, (reciprocal >> 16) + 1u};
 }
 
 // `smallest`, `largest`: bits of the group's non-zero x; 0 where there is none.
 ADAMW_HD uint32_t mode_of(uint32_t smallest, uint32_t largest) {
   const uint32_t beyond = (largest >> 23) - (smallest >> 23);  // octaves, beyond one
   // The bits of a float: twice its logarithm and the two bits that follow.
-  const uint32_t logarithm = (float_bits(static_cast<float>(beyond)) >> 21) - 512u;
-  return beyond < 4 ? beyond : logarithm < 15 ? logarithm : 15u;
+  const uint32_t logarithm = (float_bits(static_cast<float>(static_cast<int32_t>(beyond))) >> 21) - 512u;
+  const uint32_t at_most_15 = logarithm < 15 ? logarithm : 15u;
+  return beyond < 4 ? beyond : at_most_15;
 }
 
 // Where 32 octaves do not reach, the smallest are left out.
@@ -90,7 +96,19 @@ ADAMW_HD float steps_per_ratio(uint32_t j) {
   return bits_float((508u - half_octave) << 22) * (half_octave & 1u ? 127.0f * (8.0f / 9.0f) : 127.0f);
 }
 
+// What encoding needs of it.
+struct RatioScale {
+  float two_steps;
+  float steps_per_ratio;
+};
+
+ADAMW_HD RatioScale ratio_scale(uint32_t j) { return {2.0f * ratio_step(j), steps_per_ratio(j)}; }
+
 // --- one element ----------------------------------------------------------------------------------------------------
+
+// x, or 0 where not `kept`. An integer mask: of selects that depend on each other, gcc 12 makes twenty instructions
+// that combine masks instead of one.
+ADAMW_HD uint32_t keep(bool kept, uint32_t x) { return x & (0u - static_cast<uint32_t>(kept)); }
 
 // What a code of v stands for: the bits of x, and the half octave of s. Nothing of it holds for code 0.
 struct Position {
@@ -99,66 +117,67 @@ struct Position {
 };
 
 ADAMW_HD Position position(uint32_t code, const Codebook& book) {
-  const uint32_t q = code - (code > 0 ? 1u : 0u);
-  const uint32_t octave = (q * ((book.reciprocal >> 16) + 1u)) >> 16;  // q / N
+  const uint32_t q = code - 1u;
+  const uint32_t octave = (q * book.inverse) >> 16;  // q / N
   const uint32_t within = q - octave * book.per_octave;
   const uint32_t bits = ((book.e + octave) << 23) + ((within * book.reciprocal + 256u) >> 9);
   return {bits, book.e + octave + 127u};
 }
 
+// 1.5 times a power of two becomes 4/3 of it.
 ADAMW_HD float reference_of(uint32_t code, const Position& at) {
-  const float s = bits_float(at.half_octave << 22) * (at.half_octave & 1u ? 8.0f / 9.0f : 1.0f);
-  return code > 0 ? s : 0.0f;
+  const uint32_t odd = 0u - (at.half_octave & 1u);
+  return bits_float(keep(code > 0, (at.half_octave << 22) - (odd & 0x155555u)));
 }
 
 // 1 / s: 3/4 of a power of two is exact where 4/3 of one is not.
 ADAMW_HD float inverse_of(uint32_t code, const Position& at) {
-  return code > 0 ? bits_float((508u - at.half_octave) << 22) : 0.0f;
+  return bits_float(keep(code > 0, (508u - at.half_octave) << 22));
 }
 
 ADAMW_HD float decode_second(uint32_t code, const Position& at, float unscale) {
-  return code > 0 ? bits_float(at.bits) * unscale : 0.0f;
+  return bits_float(keep(code > 0, at.bits)) * unscale;
 }
 
 ADAMW_HD float decode_first(int32_t code, float reference, float step) {
   return code == kNotFinite ? bits_float(0x7fc00000u) : static_cast<float>(code) * (reference * step);
 }
 
-// The bits of x; what cannot be held is marked and counts as 0.
-ADAMW_HD uint32_t bits_of_second(float m, float v, float rescale, bool& not_finite) {
+// The bits of x; what cannot be held is marked, and x and m count as 0.
+ADAMW_HD uint32_t bits_of_second(float& m, float v, float rescale, bool& not_finite) {
   const uint32_t bits = float_bits(v * rescale);
   // & and |, not && and ||: no branches in vectorised loops. A v below 0, which no step gives, is no number either.
   not_finite = (bits >= kOverflow) | ((float_bits(m) & 0x7fffffffu) >= 0x7f800000u);
-  return not_finite ? 0u : bits;
+  m = bits_float(keep(!not_finite, float_bits(m)));
+  return keep(!not_finite, bits);
 }
 
 ADAMW_HD uint32_t forget_dead(uint32_t bits, float m, uint32_t largest) {
   const uint32_t far = largest > kForgetBelow ? largest - kForgetBelow : 0u;
-  return (m == 0.0f) & (bits < far) ? 0u : bits;
+  return keep((m != 0.0f) | (bits >= far), bits);
 }
 
-// `random`: 16 bits.
+// `random`: 16 bits. Octaves and what lies within one are one number, as no group holds more than 254 codes of 2^23.
 ADAMW_HD uint32_t encode_second(uint32_t bits, const Codebook& book, uint32_t random) {
-  const uint32_t within = ((bits & 0x7fffffu) * book.per_octave + (random << 7) + 64u) >> 23;
-  const int32_t q = static_cast<int32_t>((bits >> 23) - book.e) * static_cast<int32_t>(book.per_octave) +
-                    static_cast<int32_t>(within);
-  const auto inside = static_cast<uint32_t>(q < 0 ? 0 : q > 254 ? 254 : q);
-  return bits > 0 ? inside + 1u : 0u;
+  const auto above = static_cast<int32_t>(bits - (book.e << 23));
+  const uint32_t inside = static_cast<uint32_t>(above < 0 ? 0 : above);
+  const uint32_t code = (inside * book.per_octave + (random << 7) + (64u + (1u << 23))) >> 23;
+  return keep(bits > 0, code);
 }
 
 // `ratio`: m / s. `before`: m of the step before, as it was decoded. `random`: 16 bits.
-ADAMW_HD int32_t encode_first(float ratio, float m, float before, float reference, uint32_t j, bool not_finite,
-                              uint32_t random) {
-  const float moved = m - before, distance = moved < 0.0f ? -moved : moved;
-  const float two_steps = 2.0f * (reference * ratio_step(j));
+ADAMW_HD int32_t encode_first(float ratio, float m, float before, float reference, const RatioScale& scale,
+                              bool not_finite, uint32_t random) {
+  const float distance = bits_float(float_bits(m - before) & 0x7fffffffu);
+  const float two_steps = reference * scale.two_steps;
   // To nearest: the chance bit breaks ties, else an m that decays by a fixed factor would lag behind.
   const uint32_t threshold = distance < two_steps ? random : 0x7fffu + (random & 1u);
-  float z = ratio * steps_per_ratio(j);
+  float z = ratio * scale.steps_per_ratio;
   z = z > 127.0f ? 127.0f : z;
-  z = z < -127.0f ? -127.0f : z;
-  z = not_finite ? 0.0f : z;
+  z = z + (static_cast<float>(static_cast<int32_t>(threshold)) * 0x1p-16f + 128.0f);
+  z = z < 1.0f ? 1.0f : z;  // -127
   // Truncation of what is above 0: SSE2 has no floor.
-  const int32_t code = static_cast<int32_t>(z + (static_cast<float>(threshold) * 0x1p-16f + 128.0f)) - 128;
+  const int32_t code = static_cast<int32_t>(z) - 128;
   return not_finite ? kNotFinite : code;
 }
 
