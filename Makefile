@@ -1,7 +1,8 @@
 # make train · make test · make bench · make paper: each makes its own .venv first, so each works in a fresh clone.
+# make gpu-report needs no network and no .venv: it uses PYTHON's own torch.
 #
 # Variables: PYTHON (the interpreter that makes .venv), TORCH (what pip installs), PYTEST_ARGS, TRAIN_ARGS, BENCH_ARGS,
-# PAPER_ARGS, CMAKE_ARGS (for example -DADAMW_KERNELS_CUDA=OFF).
+# PAPER_ARGS, GPU_REPORT_ARGS, CMAKE_ARGS (for example -DADAMW_KERNELS_CUDA=OFF).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= triton>=3.6,<3.10
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: train test bench paper develop lint format sanitize wheel clean
+.PHONY: train test bench gpu-report paper develop lint format sanitize wheel clean
 
 train: develop
 	$(BIN)/python examples/train_gpt.py $(TRAIN_ARGS)
@@ -19,6 +20,10 @@ test: develop
 
 bench: develop
 	$(BIN)/python -m bench $(BENCH_ARGS)
+
+# Build, tests, bits, sanitizer, rows and figures of the GPU in this machine, in less than nine minutes.
+gpu-report:
+	$(PYTHON) -m bench.gpu_report $(GPU_REPORT_ARGS)
 
 # Trains only what examples/paper/results has no rows of.
 paper: develop

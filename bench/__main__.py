@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         "curves": [run_curves],
         "plot": [run_plot],
         "tables": [run_tables],
-        "report": [run_plot, run_report],
+        "report": [run_report],
         None: [
             run_peers,
             run_throughput,
@@ -80,7 +80,6 @@ def main(arguments: list[str] | None = None) -> int:
             run_accuracy,
             run_quality,
             run_formats,
-            run_plot,
             run_report,
         ],
     }
@@ -344,7 +343,8 @@ def run_kernels(options: argparse.Namespace, environment: Environment, folder: P
 
 
 def run_report(options: argparse.Namespace, environment: Environment, folder: Path) -> bool:
-    """Writes the report of the folder's rows and figures."""
+    """Draws what there are rows for, and writes the report."""
+    run_plot(options, environment, folder)
     print(report.write(folder))
     return True
 

@@ -8,6 +8,7 @@ AVX-512, so the kernels are those for AVX2, or for the baseline where that is as
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import re
 import shutil
@@ -137,6 +138,7 @@ def main(arguments: list[str]) -> None:
     from bench import warm_steps
 
     torch.set_num_threads(1)
+    gc.disable()  # when it collects depends on all that was allocated before
     requests = ctypes.CDLL(arguments[0])
     for name in arguments[1:]:
         step = warm_steps.build(name)

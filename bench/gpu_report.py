@@ -64,7 +64,7 @@ THROUGHPUT_CASES = (
 
 def last_line(log: str) -> str:
     """What a stage said last."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    lines = [" ".join(line.split()) for line in log.splitlines() if line.strip()]
     return lines[-1] if lines else ""
 
 

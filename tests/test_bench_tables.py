@@ -1,4 +1,4 @@
-"""README's measurements are those of the committed rows."""
+"""The READMEs' measurements are those of the committed rows."""
 
 import sys
 from pathlib import Path
@@ -13,11 +13,12 @@ from bench import curves, rows, tables  # noqa: E402  # a neighbour of the tests
 FOLDER = ROOT / "bench/results/cpu-amd-epyc-2c"
 
 
-def test_readme_has_the_rows_figures() -> None:
+def test_readmes_have_the_rows_figures() -> None:
     """`python -m bench tables` would change nothing."""
-    text = tables.README.read_text()
-    assert all(f"<!-- rows: {name} -->" in text for name in tables.TABLES)
-    assert tables.fill(text, FOLDER) == text
+    texts = [path.read_text() for path in tables.FILES]
+    assert all(sum(f"<!-- rows: {name} -->" in text for text in texts) == 1 for name in tables.TABLES)
+    for text in texts:
+        assert tables.fill(text, FOLDER) == text
 
 
 def test_wrong_figures_are_overwritten() -> None:
