@@ -24,8 +24,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 HEADER = "valgrind/callgrind.h"  # Debian's package `valgrind` brings it along
 REQUESTS = f"""
 #include <{HEADER}>
-void begin(void) {{ CALLGRIND_START_INSTRUMENTATION; CALLGRIND_ZERO_STATS; }}
-void end(const char *name) {{ CALLGRIND_DUMP_STATS_AT(name); CALLGRIND_STOP_INSTRUMENTATION; }}
+void start(void) {{ CALLGRIND_START_INSTRUMENTATION; }}
+void begin(void) {{ CALLGRIND_ZERO_STATS; }}
+void end(const char *name) {{ CALLGRIND_DUMP_STATS_AT(name); }}
 """
 
 
@@ -140,9 +141,9 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     gc.disable()  # when it collects depends on all that was allocated before
     requests = ctypes.CDLL(arguments[0])
-    for name in arguments[1:]:
-        step = warm_steps.build(name)
-        text = name.encode()
+    steps = [(name.encode(), warm_steps.build(name)) for name in arguments[1:]]
+    requests.start()
+    for text, step in steps:
         requests.begin()
         step()
         requests.end(text)

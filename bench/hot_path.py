@@ -58,12 +58,12 @@ INSTRUCTIONS: dict[tuple[str, str], Count] = {
         Count("bfloat16-split32/float32", "element", 12, 10.66),
         Count("bfloat16-split24/8bit", "element", 98, 87.92),
         Count("bfloat16-stochastic/8bit", "element", 95, 84.54),
-        Count("tensors", "tensor", 3300, 2860),
-        Count("tensors", "step", 125000, 94906),
-        Count("tensors-moved", "tensor", 5700, 4927),
-        Count("tensors-no-kernels", "tensor", 2850, 2465),
-        Count("dtensors", "tensor", 5500, 4758),
-        Count("groups", "tensor", 10900, 9493),
+        Count("tensors", "tensor", 3200, 2681),
+        Count("tensors", "step", 140000, 118775),
+        Count("tensors-moved", "tensor", 5300, 4499),
+        Count("tensors-no-kernels", "tensor", 2950, 2533),
+        Count("dtensors", "tensor", 4800, 4025),
+        Count("groups", "tensor", 10900, 9516),
     )
 }
 OPCODES: dict[tuple[str, str], Count] = {

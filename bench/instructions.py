@@ -97,13 +97,14 @@ def functions_of(cubin: Path) -> Iterator[tuple[str, str, int]]:
 
 def cuda_kernels(targets: tuple[str, ...]) -> list[Kernel]:
     """Every update of Adam's rule in the extension module, for these targets; if none is named, for all."""
-    module = importlib.import_module("adamw_kernels._C").__file__
+    native = importlib.import_module("adamw_kernels._C")
+    if not native.cuda_architectures:
+        raise UnavailableError(f"the extension module holds no CUDA code: it was {native.cuda_build}")
     found: list[Kernel] = []
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([tool("cuobjdump"), "-xelf", "all", str(module)], check=True, capture_output=True, cwd=folder)
+        command = [tool("cuobjdump"), "-xelf", "all", str(native.__file__)]
+        subprocess.run(command, check=True, capture_output=True, cwd=folder)
         cubins = sorted(Path(folder).glob("*.cubin"))
-        if not cubins:
-            raise UnavailableError("the extension module holds no CUDA code: build it where there is an nvcc")
         for cubin in cubins:
             target = re.search(r"sm_\d+", cubin.name)
             if target is None or (targets and target[0] not in targets):

@@ -118,11 +118,12 @@ def without_kernels(run: Step) -> Step:
 
 
 def as_dtensors(weights: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Shards of this process, which is alone; its process group is left behind."""
+    """Shards of this process, which is alone; its process group, one without threads, is left behind."""
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     mesh = init_device_mesh("cpu", (1,))
     return [DTensor.from_local(weight, mesh, [Shard(0)], run_check=False) for weight in weights]
