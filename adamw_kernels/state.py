@@ -82,16 +82,25 @@ def _has_whole_groups(p: torch.Tensor) -> bool:
     return local.is_contiguous() and last % GROUP == 0 and tuple(shape) == (*rows, last // GROUP)
 
 
+def _groups_shape(p: torch.Tensor) -> tuple[int, ...]:
+    """Of the words of 8-bit moments: the parameter's own, but for the last dimension, where rows are whole groups.
+
+    So a checkpoint of whole tensors is one of shards, too. Else, or in another layout, 1-D in the order of memory.
+    """
+    if hasattr(p, "_local_tensor") or (p.ndim and p.shape[-1] % GROUP == 0 and p.is_contiguous()):
+        return (*p.shape[:-1], p.shape[-1] // GROUP)
+    return (-(-p.numel() // GROUP),)
+
+
 def _new_groups(p: torch.Tensor) -> torch.Tensor:
-    """The words of 8-bit moments' groups: int16, 1-D; for a DTensor, one sharded as it is."""
+    """The words of 8-bit moments' groups: int16; for a DTensor, one sharded as it is."""
     if not hasattr(p, "_local_tensor"):
-        return torch.zeros(-(-p.numel() // GROUP), dtype=torch.int16, device=p.device)
+        return torch.zeros(_groups_shape(p), dtype=torch.int16, device=p.device)
     import torch.distributed.tensor as distributed
 
     shard: Any = p
     groups: torch.Tensor = distributed.zeros(
-        *p.shape[:-1],
-        p.shape[-1] // GROUP,
+        *_groups_shape(p),
         dtype=torch.int16,
         device_mesh=shard.device_mesh,
         placements=shard.placements,
@@ -361,7 +370,10 @@ def _complete_moments(name: str, p: torch.Tensor, state: dict[str, Any], options
         for key in CODES:
             _replace(state, key, state[key].to(p.device))
         device = local_view(p).device
-        _replace(state, "moment_groups", state["moment_groups"].to(device))
+        words = state["moment_groups"].to(device)
+        if words.shape != _groups_shape(p):
+            words = words.reshape(_groups_shape(p))
+        _replace(state, "moment_groups", words)
         _replace(state, "exp_avg_sq_scale", state["exp_avg_sq_scale"].to(device).reshape(()))
         return
     if present == "8bit":
