@@ -15,7 +15,15 @@ from adamw_kernels.formats import remainder_dtype
 from adamw_kernels.functional import local_view
 from adamw_kernels.options import FURTHER_OPTIONS, check_seed, check_used_options
 from adamw_kernels.rules import INITIAL_LRS, initial_lr_of, rule_of
-from adamw_kernels.state import BUFFER, check_adoptable, check_formats, formats_of, moment_format_in
+from adamw_kernels.state import (
+    BUFFER,
+    check_adoptable,
+    check_formats,
+    formats_of,
+    moment_format_in,
+    remainder_in,
+    unpacked,
+)
 from adamw_kernels.stepper import param_name
 
 if TYPE_CHECKING:
@@ -46,7 +54,7 @@ class Loading:
         own, groups = self._opt.param_groups, loaded["param_groups"]
         if [len(group["params"]) for group in own] == [len(group["params"]) for group in groups]:  # else torch raises
             self._kept = [
-                {key: ours[key] for key in FURTHER_OPTIONS if key in ours and key not in group}
+                {key: ours[key] for key in (*FURTHER_OPTIONS, "seed") if key in ours and key not in group}
                 | ({} if initial_lr_of(group) is not None else {key: ours[key] for key in INITIAL_LRS if key in ours})
                 for ours, group in zip(own, groups, strict=True)
             ]
@@ -62,14 +70,17 @@ class Loading:
         internals = self._opt._internals
         for group, options in zip(self._opt.param_groups, self._kept, strict=True):
             group.update(options)
-            seed = int(group.pop("seed", internals.options.seed))
-            internals.options = dataclasses.replace(internals.options, seed=seed)
+            if "seed" in group:
+                group["seed"] = int(group["seed"])
+                internals.options = dataclasses.replace(internals.options, seed=group["seed"])
+        self._opt._name_seed()
         for p, entry in self._opt.state.items():
             if not isinstance(entry, dict):
                 continue
             for name, value in entry.items():
                 if isinstance(value, _Shielded):
                     entry[name] = _copy_to(p.device if isinstance(p, torch.Tensor) else None, value.value)
+            entry.update(unpacked(entry))
 
     def _check(self, groups: list[dict[str, Any]], states: dict[Any, Any]) -> None:
         defaults = self._opt.defaults
@@ -121,7 +132,7 @@ class Loading:
 def _lacks_remainder(p: torch.Tensor, state: dict[str, Any], options: dict[str, Any]) -> bool:
     """Whether a weight that was stepped comes without the rest that its format remembers."""
     remembers = remainder_dtype(formats_of(p, options).param) is not None
-    return remembers and moment_format_in(state) is not None and state.get("param_remainder") is None
+    return remembers and moment_format_in(state) is not None and remainder_in(state) is None
 
 
 def _copy_to(device: torch.device | None, value: Any) -> Any:

@@ -32,10 +32,15 @@ from adamw_kernels.functional import (
 )
 from adamw_kernels.hyperparameters import check_hyperparameters
 from adamw_kernels.launch_table import LaunchPlan, TensorSpec
-from adamw_kernels.options import FURTHER_OPTIONS, check_8bit_betas
+from adamw_kernels.options import FURTHER_OPTIONS, check_8bit_betas, check_seed
 from adamw_kernels.param_copies import ParamCopies
 from adamw_kernels.rules import group_hyperparameters, initial_lr_of, moment_keys, read_groups, rule_of
-from adamw_kernels.sharding import description, first_element, mesh_groups, shard_groups
+from adamw_kernels.sharding import (
+    description,
+    first_element,
+    mesh_groups,
+    shard_groups,
+)
 from adamw_kernels.state import (
     check_adoptable,
     check_formats,
@@ -43,6 +48,7 @@ from adamw_kernels.state import (
     drop_remainder,
     formats_of,
     local_state,
+    remainder_in,
     state_dtypes,
 )
 from adamw_kernels.tensor_watch import ALWAYS_ODD, NO_ROW, TensorWatch, watch_tensors
@@ -66,7 +72,7 @@ class Options:
         backend: as `backends.choose` takes it.
         clip_per_group: every group has a gradient norm of its own.
         process_group: over which parameters other than DTensors are sharded, or None.
-        seed: of the random bits of stochastic rounding.
+        seed: of the random bits of stochastic rounding, in groups that name none.
         copies: of the weights in 16 bits.
     """
 
@@ -217,7 +223,7 @@ class Stepper:
         before = self.members.get(id(p))
         if before is None or before.param_dtype == p.dtype:
             return
-        if "param_remainder" in self.state.get(p, {}):
+        if remainder_in(self.state.get(p, {})) is not None:
             drop_remainder(name, p, self.state[p])  # raises where warnings are errors
         del self.members[id(p)]  # what will be loaded after this belongs to the new dtype
         self.plan = None
@@ -339,6 +345,8 @@ class Stepper:
             check_hyperparameters(group_hyperparameters(group), f"param_groups[{index}]")
             if _is_coded(group):
                 check_8bit_betas(group, f"param_groups[{index}]")
+            if "seed" in group:
+                check_seed(group["seed"], f"seed of param_groups[{index}]")
             if group.get("decay_coupling") == "schedule" and initial_lr_of(group) is None:
                 raise ValueError(
                     f"param_groups[{index}]: decay_coupling='schedule', and the group has no initial_lr; expected the "
@@ -434,12 +442,12 @@ class Stepper:
         steps_seen: set[int] = set()
         options = [FURTHER_OPTIONS | group for group in self.groups]
         traits = [_traits(of_group) for of_group in options]
-        for name, group, p, position in candidates.values():
+        for name, group, p, place in candidates.values():
             self.forget_recast(name, p)
             if p.grad is not None:
                 complete_state(name, p, self.state[p], options[group], steps_seen)
             try:
-                spec = self._spec(name, group, p, position, options[group], traits[group])
+                spec = self._spec(name, group, p, place, options[group], traits[group])
             except (AttributeError, KeyError, TypeError, ValueError):
                 if p.grad is not None:
                     raise
@@ -456,7 +464,7 @@ class Stepper:
         name: str,
         group: int,
         p: torch.Tensor,
-        position: int,
+        place: int,
         options: dict[str, Any],
         traits: dict[str, Any],
     ) -> TensorSpec:
@@ -485,10 +493,10 @@ class Stepper:
             amsgrad=bool(maximum),
             ema=views.get("param_ema"),
             domain=self._domain(group, p),
-            random_stream=random_stream(self.options.seed, position),
+            random_stream=random_stream(int(options.get("seed", self.options.seed)), place),
             param_format=formats.param,
             moment_format=formats.moments,
-            remainder=views.get("param_remainder"),
+            remainder=remainder_in(views),
             groups=views.get("moment_groups"),
             scale=views.get("exp_avg_sq_scale"),
             first_element=first_element(p, self.options.process_group),
