@@ -91,8 +91,9 @@ class FusedAdamW(FusedOptimizer):
             also an entry of a group. For float32 weights on a CPU whose model computes elsewhere. Filled at once;
             written by every step that writes the weight; see `write_param_copies`. In no state dict, and backend "cpu"
             only.
-        seed: of the random bits of stochastic rounding, which depend on it, the parameter's position, its step count
-            and the element's index alone. An int (modulo 2^64). Part of `state_dict()`.
+        seed: of the random bits of stochastic rounding, which depend on it, the parameter's position (or number, see
+            `number_parameters`), its step count and the element's index alone. An int (modulo 2^64). Part of
+            `state_dict()`.
         backend: "auto", "cpu", "triton" or "cuda"; see `adamw_kernels.describe()`.
 
     max_grad_norm, ema_decay, ema_warmup, ema_format, param_format, moment_format, update_bound, decay_coupling,

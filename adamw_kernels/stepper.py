@@ -39,6 +39,7 @@ from adamw_kernels.sharding import (
     description,
     first_element,
     mesh_groups,
+    random_place,
     shard_groups,
 )
 from adamw_kernels.state import (
@@ -422,7 +423,7 @@ class Stepper:
         for position, (group, index) in enumerate(places, self.place[2]):
             p = self.lists[group]["params"][index]
             if p.grad is not None or (keep_idle and self.state.get(p)):
-                candidates.setdefault(id(p), (self._name(group, index), group, p, position))
+                candidates.setdefault(id(p), (self._name(group, index), group, p, random_place(p, position)))
         stepped: list[tuple[str, torch.Tensor, torch.Tensor]] = []
         for name, group, p, _ in candidates.values():  # first all checks, then the first change
             if p.grad is not None:
