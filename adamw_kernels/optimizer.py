@@ -20,6 +20,7 @@ from adamw_kernels.loading import Loading
 from adamw_kernels.options import FURTHER_OPTIONS, WHOLE_OPTIONS, check_options, check_seed, check_skip_norm
 from adamw_kernels.param_copies import ParamCopies
 from adamw_kernels.rules import INITIAL_LRS, LR_WHEN_ADDED, initial_lr_of
+from adamw_kernels.sharding import is_flat_shard
 from adamw_kernels.state import Formats, check_formats, packed
 from adamw_kernels.stepper import Options, Stepper, describe, param_name
 
@@ -501,7 +502,8 @@ class FusedOptimizer(Optimizer):
         """As torch's; where anything is rounded by chance, the groups also name the seed, so that a run resumes.
 
         Tensors share memory with the state, as torch's do. Those of int16 are shown as bfloat16 of the same bits (not
-        of the same values): no process group sends int16, so that the state of shards could not be gathered.
+        of the same values): no process group sends int16, so that the state of shards could not be gathered. Beside
+        parameters of FullyShardedDataParallel all are float32, copies that lose nothing.
         """
         self._name_seed()
         packing = self.register_state_dict_post_hook(_pack, prepend=True)  # first: the user's own hooks see the result
@@ -552,7 +554,13 @@ class FusedOptimizer(Optimizer):
 
 
 def _pack(opt: Optimizer, state_dict: StateDict) -> StateDict:
-    states = {key: packed(entry) if isinstance(entry, dict) else entry for key, entry in state_dict["state"].items()}
+    members = zip(opt.param_groups, state_dict["param_groups"], strict=True)
+    pairs = [pair for own, group in members for pair in zip(own["params"], group["params"], strict=True)]
+    flat = {key for p, key in pairs if is_flat_shard(p)}
+    states = {
+        key: packed(entry, is_flat_shard=key in flat) if isinstance(entry, dict) else entry
+        for key, entry in state_dict["state"].items()
+    }
     return {**state_dict, "state": states}
 
 

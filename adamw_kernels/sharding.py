@@ -21,6 +21,11 @@ def shard_groups(tensor: torch.Tensor, process_group: Any) -> tuple[Any, ...]:
     return tuple(mesh.get_group(i) for i, placement in enumerate(placements) if not placement.is_replicate())
 
 
+def is_flat_shard(p: torch.Tensor) -> bool:
+    """Whether it is a shard of FullyShardedDataParallel (FSDP1), a plain tensor to look at."""
+    return getattr(p, "_fsdp_flattened", False) or type(p).__name__ == "FlatParameter"
+
+
 _PLACE = "_adamw_kernels_place"  # of a numbered parameter, its attribute
 
 

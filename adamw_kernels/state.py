@@ -157,8 +157,15 @@ def _of_dtype(state: dict[str, Any], keys: Iterable[str], dtype: torch.dtype) ->
     return {key: state[key] for key in keys if getattr(state.get(key), "dtype", None) == dtype}
 
 
-def packed(state: dict[str, Any]) -> dict[str, Any]:
-    """A state as it is saved: the same memory, int16 tensors as COMMUNICABLE."""
+def packed(state: dict[str, Any], *, is_flat_shard: bool = False) -> dict[str, Any]:
+    """A state as it is saved: the same memory, int16 tensors as COMMUNICABLE.
+
+    Beside a shard of FullyShardedDataParallel all of it is float32, which holds the values of every narrower dtype:
+    `FullyShardedDataParallel.optim_state_dict` takes one dtype a parameter and no integers.
+    """
+    if is_flat_shard:
+        narrow = {key: state[key] for key in STATE_KEYS if getattr(state.get(key), "ndim", 0)}
+        return state | {key: value.float() for key, value in narrow.items() if value.dtype.itemsize < 4}
     found = _of_dtype(state, INT16_KEYS, torch.int16)
     return state | {key: _seen_as(value, COMMUNICABLE) for key, value in found.items()} if found else state
 
@@ -168,6 +175,10 @@ def unpacked(state: dict[str, Any]) -> dict[str, Any]:
     if _SAVED_OTHERWISE.isdisjoint(state):
         return state
     found = {key: _seen_as(value, torch.int16) for key, value in _of_dtype(state, INT16_KEYS, COMMUNICABLE).items()}
+    for dtype, key in REMAINDER_KEYS.items():
+        for value in _of_dtype(state, (key,), torch.float32).values():
+            if torch.equal(local_view(value), local_view(value).to(dtype).float()):
+                found[key] = value.to(dtype)
     return state | found if found else state
 
 

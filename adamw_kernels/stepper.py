@@ -38,6 +38,7 @@ from adamw_kernels.rules import group_hyperparameters, initial_lr_of, moment_key
 from adamw_kernels.sharding import (
     description,
     first_element,
+    is_flat_shard,
     mesh_groups,
     random_place,
     shard_groups,
@@ -346,6 +347,7 @@ class Stepper:
             check_hyperparameters(group_hyperparameters(group), f"param_groups[{index}]")
             if _is_coded(group):
                 check_8bit_betas(group, f"param_groups[{index}]")
+                self._refuse_flat_shards(index - self.place[0])
             if "seed" in group:
                 check_seed(group["seed"], f"seed of param_groups[{index}]")
             if group.get("decay_coupling") == "schedule" and initial_lr_of(group) is None:
@@ -386,7 +388,21 @@ class Stepper:
         self.members = members
         self._structure, self._sizes, self._extended = structure, sizes, extended
         self._coded = [i for i, group in enumerate(self.groups) if _is_coded(group)]
-        self._flat_shards = any(_is_flat_shard(p) for group in self.lists for p in group["params"])
+        self._flat_shards = any(is_flat_shard(p) for group in self.lists for p in group["params"])
+
+    def _refuse_flat_shards(self, group: int) -> None:
+        """Refuse 8-bit moments of parameters that FullyShardedDataParallel cuts anywhere, all ranks alike.
+
+        Raises:
+            ValueError: naming the first of them.
+        """
+        for index, p in enumerate(self.lists[group]["params"]):
+            if is_flat_shard(p):
+                raise ValueError(
+                    f"moment_format of {self._name(group, index)} is '8bit', and it is sharded by "
+                    "FullyShardedDataParallel, which cuts groups of neighbours in two and cannot save what they share; "
+                    "expected 'float32' or 'bfloat16'. Under FSDP2 (fully_shard) 8 bits work."
+                )
 
     def _home(self) -> torch.device | None:
         """Where to decide if no parameter has a gradient."""
@@ -529,7 +545,7 @@ class Stepper:
         domains = [NormDomain(norm, (process_group,)) for norm in norms]
         for index, group in enumerate(self.lists):
             for i, p in enumerate(group["params"]):
-                if self.control.measures and process_group is None and _is_flat_shard(p):
+                if self.control.measures and process_group is None and is_flat_shard(p):
                     raise RuntimeError(
                         f"{self._name(index, i)} is sharded by FullyShardedDataParallel, and gradient norms and guards "
                         "need to know over which processes. Pass process_group= to FusedAdamW."
@@ -575,11 +591,6 @@ def _is_extended(group: dict[str, Any]) -> bool:
 def _is_coded(group: dict[str, Any]) -> bool:
     """Whether the group asks for moments of 8 bits."""
     return group.get("moment_format") == "8bit" and rule_of(group) == "adamw"
-
-
-def _is_flat_shard(p: torch.Tensor) -> bool:
-    """Whether it is a shard of FullyShardedDataParallel (FSDP1), a plain tensor to look at."""
-    return getattr(p, "_fsdp_flattened", False) or type(p).__name__ == "FlatParameter"
 
 
 def param_name(group: dict[str, Any], group_index: int, index: int) -> str:
