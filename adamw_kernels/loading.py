@@ -50,15 +50,23 @@ class Loading:
 
         Raises:
             ValueError, TypeError, RuntimeError: an option or a state that a step would refuse.
+            RuntimeError: where parameters are sharded, that of another rank.
         """
         own, groups = self._opt.param_groups, loaded["param_groups"]
+        error: Exception | None = None
         if [len(group["params"]) for group in own] == [len(group["params"]) for group in groups]:  # else torch raises
             self._kept = [
                 {key: ours[key] for key in (*FURTHER_OPTIONS, "seed") if key in ours and key not in group}
                 | ({} if initial_lr_of(group) is not None else {key: ours[key] for key in INITIAL_LRS if key in ours})
                 for ours, group in zip(own, groups, strict=True)
             ]
-            self._check(groups, loaded["state"])
+            try:
+                self._check(groups, loaded["state"])
+            except Exception as found:
+                error = found
+        self._hear_of_others(error)
+        if error is not None:
+            raise error
         states = {
             key: {name: _Shielded(value) for name, value in entry.items()} if isinstance(entry, dict) else entry
             for key, entry in loaded["state"].items()
@@ -121,6 +129,33 @@ class Loading:
                 "the rest, if it was saved.",
                 stacklevel=2,
             )
+
+    def _hear_of_others(self, error: Exception | None) -> None:
+        """Raise together, where parameters are sharded: a rank that went on alone would wait for the others for ever.
+
+        What is loaded is not the same everywhere: with `broadcast_from_rank0` only the first rank sees what the state
+        has too much. All ranks of a mesh must load together, as they must step.
+        """
+        params = [p for group in self._opt.param_groups for p in group["params"] if hasattr(p, "placements")]
+        meshes = {id(p.device_mesh): p.device_mesh for p in params}.values()
+        found = {g.group_name: g for mesh in meshes if mesh.get_coordinate() for g in mesh.get_all_groups()}
+        # In one order for all, so that no two ranks wait for each other; and back, so that all hear of it.
+        shared = [found[name] for name in sorted(found) if found[name].size() > 1]
+        if not shared:
+            return
+        failed = torch.tensor(float(error is not None), device=params[0].device)
+        for group in (*shared, *reversed(shared[:-1])):
+            torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX, group=group)
+        if not failed:
+            return
+        rank = torch.distributed.get_rank()
+        said = None if error is None else f"rank {rank} cannot load its state, so no rank does: {error}"
+        for group in shared:
+            everybody: list[str | None] = [None] * group.size()
+            torch.distributed.all_gather_object(everybody, said, group=group)
+            said = said or next(filter(None, everybody), None)
+        if error is None:
+            raise RuntimeError(said)
 
     def _members(self, groups: list[dict[str, Any]]) -> Iterator[tuple[str, torch.Tensor, int, Any]]:
         """(name, own parameter, index of its group, key of its loaded state), in order."""
