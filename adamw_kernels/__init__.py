@@ -10,6 +10,7 @@ from adamw_kernels.gradient_release import release_gradients
 from adamw_kernels.gradients import clip_grad_norm_, grad_norm
 from adamw_kernels.optimizer import NotMeasuredError
 from adamw_kernels.sgdw import FusedSGDW
+from adamw_kernels.sharding import number_parameters
 from adamw_kernels.warm_restarts import Snapshot, WarmRestarts, normalized_weight_decay
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "fused_adamw_",
     "grad_norm",
     "normalized_weight_decay",
+    "number_parameters",
     "release_gradients",
 ]
 

@@ -33,9 +33,10 @@ class FusedAdamW(FusedOptimizer):
 
     State per parameter, as in torch: `step` (float32 scalar on the parameter's device), `exp_avg`, `exp_avg_sq`, with
     `amsgrad` `max_exp_avg_sq`, with `ema_decay` `param_ema` (shape, device and layout of the parameter; float32, or
-    float64 for float64 parameters); beside split weights `param_remainder`. 8-bit moments are `exp_avg_code`,
-    `exp_avg_sq_code`, `moment_groups` and `exp_avg_sq_scale` instead: no values that other code could mistake for its
-    own. State dicts load both ways with `torch.optim.AdamW` and `torch.optim.Adam`; see `export_state_dict`.
+    float64 for float64 parameters); beside split weights `param_remainder` (int16) or, under "split24",
+    `param_remainder_8bit` (int8). 8-bit moments are `exp_avg_code`, `exp_avg_sq_code`, `moment_groups` and
+    `exp_avg_sq_scale` instead: no values that other code could mistake for its own. State dicts load both ways with
+    `torch.optim.AdamW` and `torch.optim.Adam`; see `export_state_dict`.
 
     Args:
         params: parameters, groups, or named parameters: float32, bfloat16, float16, float64 or complex tensors of any
@@ -90,9 +91,9 @@ class FusedAdamW(FusedOptimizer):
             also an entry of a group. For float32 weights on a CPU whose model computes elsewhere. Filled at once;
             written by every step that writes the weight; see `write_param_copies`. In no state dict, and backend "cpu"
             only.
-        seed: of the random bits of stochastic rounding, which depend on it, the parameter's position, its step count
-            and the element's index alone. An int (modulo 2^64). Part of `state_dict()`, but not of a flattened
-            distributed checkpoint, beside which the constructor must name it again.
+        seed: of the random bits of stochastic rounding, which depend on it, the parameter's position (or number, see
+            `number_parameters`), its step count and the element's index alone. An int (modulo 2^64). Part of
+            `state_dict()`.
         backend: "auto", "cpu", "triton" or "cuda"; see `adamw_kernels.describe()`.
 
     max_grad_norm, ema_decay, ema_warmup, ema_format, param_format, moment_format, update_bound, decay_coupling,

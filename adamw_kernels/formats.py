@@ -63,8 +63,17 @@ def param_format(param_dtype: torch.dtype, request: str) -> str:
 
 
 def remainder_dtype(format_of_param: str) -> torch.dtype | None:
-    """Dtype of the state `param_remainder`; None where there is none."""
+    """Dtype of the rest of a weight beside it; None where there is none."""
     return {"split24": torch.int8, "split32": torch.int16}.get(format_of_param)
+
+
+REMAINDER_KEYS: dict[torch.dtype, str] = {torch.int16: "param_remainder", torch.int8: "param_remainder_8bit"}
+"""What it is kept under in the state: a name has one dtype, since whoever loads a checkpoint into tensors that are
+there (torch.distributed.checkpoint) casts from one to the other without a word."""
+
+COMMUNICABLE = torch.bfloat16
+"""What int16 state is saved as, the same bits: no process group (gloo, NCCL) sends 16-bit integers, so that sharded
+ones could not be gathered."""
 
 
 EMA_FORMATS = ("float32", "bfloat16")

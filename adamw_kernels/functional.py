@@ -10,7 +10,7 @@ import torch
 
 from adamw_kernels import backends
 from adamw_kernels.control import NormDomain, StepControl
-from adamw_kernels.formats import DTYPE_CODES, GROUP, compute_dtype, grad_dtypes
+from adamw_kernels.formats import DTYPE_CODES, GROUP, REMAINDER_KEYS, compute_dtype, grad_dtypes
 from adamw_kernels.hyperparameters import Hyperparameters, check_hyperparameters
 from adamw_kernels.launch_table import LaunchPlan, TensorSpec
 from adamw_kernels.sharding import description, shard_groups
@@ -221,13 +221,14 @@ def check_overlap(specs: Sequence[TensorSpec], grads: Sequence[torch.Tensor]) ->
     for spec, grad in zip(specs, grads, strict=True):
         ranges.add_param(spec.name, spec.param, grad)
         suffix = "_code" if spec.moment_format == "8bit" else ""
+        remainder = "param_remainder" if spec.remainder is None else REMAINDER_KEYS[spec.remainder.dtype]
         state = {
             f"exp_avg{suffix}" if spec.rule == "adamw" else "momentum_buffer": spec.exp_avg,
             f"exp_avg_sq{suffix}": spec.exp_avg_sq,
             "step": spec.step,
             "max_exp_avg_sq": spec.max_exp_avg_sq,
             "param_ema": spec.ema,
-            "param_remainder": spec.remainder,
+            remainder: spec.remainder,
             "moment_groups": spec.groups,
             "exp_avg_sq_scale": spec.scale,
             "param_copy": spec.copy,

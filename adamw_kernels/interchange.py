@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adamw_kernels.formats import remainder_dtype
+from adamw_kernels.formats import REMAINDER_KEYS, remainder_dtype
 from adamw_kernels.functional import local_param, local_view
 from adamw_kernels.options import FURTHER_OPTIONS, check_used_options
 from adamw_kernels.packing import merge_weight, split_weight
@@ -18,12 +18,15 @@ from adamw_kernels.state import (
     check_formats,
     complete_remainder,
     complete_state,
+    forget_remainder,
     formats_of,
     like,
     local_state,
     moment_format_in,
     placed,
     real_moments,
+    remainder_in,
+    unpacked,
 )
 from adamw_kernels.stepper import param_name
 from adamw_kernels.tensor_watch import same_layout
@@ -48,7 +51,7 @@ def _forget_recasts(opt: FusedOptimizer) -> None:
 
 def _remainder(p: torch.Tensor, state: dict[str, Any]) -> torch.Tensor | None:
     """The local remainder of a weight, where and in the layout in which the weight is now; None without one."""
-    present = state.get("param_remainder")
+    present = remainder_in(unpacked(state))
     return None if present is None else local_view(placed(present, p, present.dtype))
 
 
@@ -118,13 +121,15 @@ def load_fp32_weights(
         dtype = remainder_dtype(formats_of(p, options).param)
         if dtype is None:
             local.copy_(value)
-            opt.state.get(p, {}).pop("param_remainder", None)  # of the weight before
+            forget_remainder(opt.state.get(p, {}))  # of the weight before
             continue
         remembers = True
-        remainder = _fitting(opt.state[p].get("param_remainder"), p, dtype)
+        remainder = _fitting(remainder_in(opt.state[p]), p, dtype)
         values = torch.empty_like(local, dtype=torch.float32, memory_format=torch.preserve_format).copy_(value)
         split_weight(values, local, local_view(remainder))
-        opt.state[p]["param_remainder"] = remainder
+        if remainder is not opt.state[p].get(REMAINDER_KEYS[dtype]):
+            forget_remainder(opt.state[p])
+            opt.state[p][REMAINDER_KEYS[dtype]] = remainder
     steps_seen: set[int] = set()
     for name, p, _, _, options in pairs:
         state = opt.state.get(p, {})
@@ -205,6 +210,7 @@ def convert(opt: FusedOptimizer, changes: dict[str, Any]) -> None:
                 options.pop(key, None)
             else:
                 options[key] = value
+    opt._name_seed()
     steps_seen: set[int] = set()
     for name, p, options in members:
         state = opt.state.get(p, {})

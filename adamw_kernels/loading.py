@@ -15,7 +15,15 @@ from adamw_kernels.formats import remainder_dtype
 from adamw_kernels.functional import local_view
 from adamw_kernels.options import FURTHER_OPTIONS, check_seed, check_used_options
 from adamw_kernels.rules import INITIAL_LRS, initial_lr_of, rule_of
-from adamw_kernels.state import BUFFER, check_adoptable, check_formats, formats_of, moment_format_in
+from adamw_kernels.state import (
+    BUFFER,
+    check_adoptable,
+    check_formats,
+    formats_of,
+    moment_format_in,
+    remainder_in,
+    unpacked,
+)
 from adamw_kernels.stepper import param_name
 
 if TYPE_CHECKING:
@@ -42,15 +50,23 @@ class Loading:
 
         Raises:
             ValueError, TypeError, RuntimeError: an option or a state that a step would refuse.
+            RuntimeError: where parameters are sharded, that of another rank.
         """
         own, groups = self._opt.param_groups, loaded["param_groups"]
+        error: Exception | None = None
         if [len(group["params"]) for group in own] == [len(group["params"]) for group in groups]:  # else torch raises
             self._kept = [
-                {key: ours[key] for key in FURTHER_OPTIONS if key in ours and key not in group}
+                {key: ours[key] for key in (*FURTHER_OPTIONS, "seed") if key in ours and key not in group}
                 | ({} if initial_lr_of(group) is not None else {key: ours[key] for key in INITIAL_LRS if key in ours})
                 for ours, group in zip(own, groups, strict=True)
             ]
-            self._check(groups, loaded["state"])
+            try:
+                self._check(groups, loaded["state"])
+            except Exception as found:
+                error = found
+        self._hear_of_others(error)
+        if error is not None:
+            raise error
         states = {
             key: {name: _Shielded(value) for name, value in entry.items()} if isinstance(entry, dict) else entry
             for key, entry in loaded["state"].items()
@@ -62,14 +78,17 @@ class Loading:
         internals = self._opt._internals
         for group, options in zip(self._opt.param_groups, self._kept, strict=True):
             group.update(options)
-            seed = int(group.pop("seed", internals.options.seed))
-            internals.options = dataclasses.replace(internals.options, seed=seed)
+            if "seed" in group:
+                group["seed"] = int(group["seed"])
+                internals.options = dataclasses.replace(internals.options, seed=group["seed"])
+        self._opt._name_seed()
         for p, entry in self._opt.state.items():
             if not isinstance(entry, dict):
                 continue
             for name, value in entry.items():
                 if isinstance(value, _Shielded):
                     entry[name] = _copy_to(p.device if isinstance(p, torch.Tensor) else None, value.value)
+            entry.update(unpacked(entry))
 
     def _check(self, groups: list[dict[str, Any]], states: dict[Any, Any]) -> None:
         defaults = self._opt.defaults
@@ -111,6 +130,33 @@ class Loading:
                 stacklevel=2,
             )
 
+    def _hear_of_others(self, error: Exception | None) -> None:
+        """Raise together, where parameters are sharded: a rank that went on alone would wait for the others for ever.
+
+        What is loaded is not the same everywhere: with `broadcast_from_rank0` only the first rank sees what the state
+        has too much. All ranks of a mesh must load together, as they must step.
+        """
+        params = [p for group in self._opt.param_groups for p in group["params"] if hasattr(p, "placements")]
+        meshes = {id(p.device_mesh): p.device_mesh for p in params}.values()
+        found = {g.group_name: g for mesh in meshes if mesh.get_coordinate() for g in mesh.get_all_groups()}
+        # In one order for all, so that no two ranks wait for each other; and back, so that all hear of it.
+        shared = [found[name] for name in sorted(found) if found[name].size() > 1]
+        if not shared:
+            return
+        failed = torch.tensor(float(error is not None), device=params[0].device)
+        for group in (*shared, *reversed(shared[:-1])):
+            torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX, group=group)
+        if not failed:
+            return
+        rank = torch.distributed.get_rank()
+        said = None if error is None else f"rank {rank} cannot load its state, so no rank does: {error}"
+        for group in shared:
+            everybody: list[str | None] = [None] * group.size()
+            torch.distributed.all_gather_object(everybody, said, group=group)
+            said = said or next(filter(None, everybody), None)
+        if error is None:
+            raise RuntimeError(said)
+
     def _members(self, groups: list[dict[str, Any]]) -> Iterator[tuple[str, torch.Tensor, int, Any]]:
         """(name, own parameter, index of its group, key of its loaded state), in order."""
         for index, (own, group) in enumerate(zip(self._opt.param_groups, groups, strict=True)):
@@ -121,7 +167,7 @@ class Loading:
 def _lacks_remainder(p: torch.Tensor, state: dict[str, Any], options: dict[str, Any]) -> bool:
     """Whether a weight that was stepped comes without the rest that its format remembers."""
     remembers = remainder_dtype(formats_of(p, options).param) is not None
-    return remembers and moment_format_in(state) is not None and state.get("param_remainder") is None
+    return remembers and moment_format_in(state) is not None and remainder_in(state) is None
 
 
 def _copy_to(device: torch.device | None, value: Any) -> Any:

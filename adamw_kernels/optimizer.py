@@ -20,7 +20,8 @@ from adamw_kernels.loading import Loading
 from adamw_kernels.options import FURTHER_OPTIONS, WHOLE_OPTIONS, check_options, check_seed, check_skip_norm
 from adamw_kernels.param_copies import ParamCopies
 from adamw_kernels.rules import INITIAL_LRS, LR_WHEN_ADDED, initial_lr_of
-from adamw_kernels.state import Formats, check_formats
+from adamw_kernels.sharding import is_flat_shard
+from adamw_kernels.state import Formats, check_formats, packed
 from adamw_kernels.stepper import Options, Stepper, describe, param_name
 
 if TYPE_CHECKING:
@@ -157,6 +158,8 @@ class FusedOptimizer(Optimizer):
             if named != FURTHER_OPTIONS[key] and options.get("ema_decay") is None:
                 raise ValueError(f"{where}: {key}={named!r}, and the group has no ema_decay; expected one")
         for key in sorted(WHOLE_OPTIONS & param_group.keys()):
+            if key == "seed" and param_group[key] == self._internals.options.seed:
+                continue  # a group of this optimizer, or of one like it
             raise ValueError(
                 f"{where}: {key}={param_group[key]!r} in a group; it is an option of the whole optimizer, expected in "
                 "the constructor"
@@ -174,6 +177,7 @@ class FusedOptimizer(Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        self._name_seed()
         self._warn_of_native_weights(param_group)
 
     def _add_copies(self, params: list[torch.Tensor], copies: Any, where: str) -> None:
@@ -190,6 +194,23 @@ class FusedOptimizer(Optimizer):
     def write_param_copies(self) -> None:
         """Write every `param_copy` anew, after weights were changed other than by a step (loaded, say)."""
         self._internals.options.copies.write()
+
+    def _name_seed(self) -> None:
+        """Have all groups name the seed where anything is rounded by chance; else none, so that they look like torch's.
+
+        The groups themselves, not only what is saved of them: of a flattened checkpoint,
+        torch.distributed.checkpoint loads no option that the groups do not have, and ZeroRedundancyOptimizer
+        hands options to its local optimizer through the groups alone.
+        """
+        seed = self._internals.options.seed
+        by_chance = ("param_format", "moment_format", "ema_format")
+        named = bool(seed) or any(group.get("seed") for group in self.param_groups)
+        named = named or any(key in group for group in self.param_groups for key in by_chance)
+        for group in self.param_groups:
+            if named:
+                group.setdefault("seed", seed)
+            else:
+                group.pop("seed", None)
 
     def _warn_of_native_weights(self, group: dict[str, Any]) -> None:
         narrow = [p.dtype for p in group["params"] if p.dtype in (torch.bfloat16, torch.float16)]
@@ -478,14 +499,18 @@ class FusedOptimizer(Optimizer):
     # --- state ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> StateDict:
-        """As torch's; where anything is rounded by chance, the groups also name the seed, so that a run resumes."""
-        result = super().state_dict()
-        groups, seed = result["param_groups"], self._internals.options.seed
-        by_chance = ("param_format", "moment_format", "ema_format")
-        if seed or any(key in group for group in groups for key in by_chance):
-            for group in groups:
-                group["seed"] = seed
-        return result
+        """As torch's; where anything is rounded by chance, the groups also name the seed, so that a run resumes.
+
+        Tensors share memory with the state, as torch's do. Those of int16 are shown as bfloat16 of the same bits (not
+        of the same values): no process group sends int16, so that the state of shards could not be gathered. Beside
+        parameters of FullyShardedDataParallel all are float32, copies that lose nothing.
+        """
+        self._name_seed()
+        packing = self.register_state_dict_post_hook(_pack, prepend=True)  # first: the user's own hooks see the result
+        try:
+            return super().state_dict()
+        finally:
+            packing.remove()
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load the state of an optimizer of this kind, ours or torch's (`AdamW` and `Adam`, or `SGD`), at any step.
@@ -528,7 +553,15 @@ class FusedOptimizer(Optimizer):
         self._complete_groups()
 
 
-# --- checks and names -------------------------------------------------------------------------------------------------
+def _pack(opt: Optimizer, state_dict: StateDict) -> StateDict:
+    members = zip(opt.param_groups, state_dict["param_groups"], strict=True)
+    pairs = [pair for own, group in members for pair in zip(own["params"], group["params"], strict=True)]
+    flat = {key for p, key in pairs if is_flat_shard(p)}
+    states = {
+        key: packed(entry, is_flat_shard=key in flat) if isinstance(entry, dict) else entry
+        for key, entry in state_dict["state"].items()
+    }
+    return {**state_dict, "state": states}
 
 
 def _bring_back(params: list[torch.Tensor], weights: list[torch.Tensor]) -> None:

@@ -100,7 +100,7 @@ def _further_structure(group: dict[str, Any]) -> tuple[Any, ...]:
     return (
         *(get("cautious"), get("cautious_weight_decay"), get("ema_warmup"), get("ema_format")),
         *(get("param_format"), get("moment_format"), get("update_bound", "auto")),
-        *(get("decay_coupling"), get("lr_in_momentum")),
+        *(get("decay_coupling"), get("lr_in_momentum"), get("seed")),
     )
 
 

@@ -31,8 +31,8 @@ class FusedSGDW(FusedOptimizer):
 
     State per parameter: with momentum `momentum_buffer` as in torch (shape, device and layout of the parameter;
     float32, or float64 for float64 parameters), `step` (float32 scalar on the parameter's device), with `ema_decay`
-    `param_ema`, beside split weights `param_remainder`. State dicts load both ways with `torch.optim.SGD`; a buffer
-    that is loaded without a `step` is taken for one that has received its first gradient.
+    `param_ema`, beside split weights `param_remainder` or `param_remainder_8bit`. State dicts load both ways with
+    `torch.optim.SGD`; a buffer that is loaded without a `step` is taken for one that has received its first gradient.
 
     Args:
         params: parameters, groups, or named parameters: float32, bfloat16, float16, float64 or complex tensors of any

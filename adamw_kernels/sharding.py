@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,6 +19,46 @@ def shard_groups(tensor: torch.Tensor, process_group: Any) -> tuple[Any, ...]:
     mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
     # Not is_shard(): the strided shards of tensor parallelism under FSDP2 say no to it.
     return tuple(mesh.get_group(i) for i, placement in enumerate(placements) if not placement.is_replicate())
+
+
+def is_flat_shard(p: torch.Tensor) -> bool:
+    """Whether it is a shard of FullyShardedDataParallel (FSDP1), a plain tensor to look at."""
+    return getattr(p, "_fsdp_flattened", False) or type(p).__name__ == "FlatParameter"
+
+
+_PLACE = "_adamw_kernels_place"  # of a numbered parameter, its attribute
+
+
+def number_parameters(params: Iterable[torch.Tensor], first: int = 0) -> int:
+    """Number parameters, so that each is rounded by the same random bits in whatever optimizer it is.
+
+    Otherwise its position in its optimizer counts, and where processes have different parts of a model
+    (`ZeroRedundancyOptimizer`, stages of a pipeline) the weights depend on how many there are. Numbers that are the
+    positions in one optimizer for all (`number_parameters(model.parameters())`) give that one's bits. They are
+    attributes of the tensors, neither copied nor saved with them: number after a model is copied or wrapped in FSDP2,
+    before its first step, and again when a run resumes.
+
+    Args:
+        params: in an order that is the same wherever the model is.
+        first: number of the first, for the second and further parts of a model.
+
+    Returns:
+        The first number that is still free.
+
+    Raises:
+        TypeError: not a tensor.
+    """
+    for p in params:
+        if not isinstance(p, torch.Tensor):
+            raise TypeError(f"number_parameters: parameter {first} is {type(p).__name__}; expected a torch.Tensor")
+        setattr(p, _PLACE, first)
+        first += 1
+    return first
+
+
+def random_place(p: torch.Tensor, position: int) -> int:
+    """By which a parameter's random bits are told from others': its number or, without one, its position."""
+    return int(getattr(p, _PLACE, position))
 
 
 def first_element(tensor: torch.Tensor, process_group: Any) -> int:

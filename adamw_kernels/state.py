@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 
 from adamw_kernels.formats import (
+    COMMUNICABLE,
     FIRST_SCALE,
     GROUP,
     MIN_8BIT_NUMEL,
+    REMAINDER_KEYS,
     compute_dtype,
     ema_dtype,
     moment_dtype,
@@ -41,6 +44,11 @@ OF_8BIT = {
 }
 """State that 8-bit moments have in place of exp_avg and exp_avg_sq."""
 
+INT16_KEYS = (REMAINDER_KEYS[torch.int16], "moment_groups")
+"""State that is saved as bfloat16 of the same bits; see COMMUNICABLE."""
+
+_SAVED_OTHERWISE = frozenset({*INT16_KEYS, *REMAINDER_KEYS.values()})
+
 
 class Formats(NamedTuple):
     """How one parameter is stored: one of PARAM_FORMATS, one of MOMENT_FORMATS."""
@@ -50,7 +58,7 @@ class Formats(NamedTuple):
 
     def covers(self, state: dict[str, Any]) -> bool:
         """Whether nothing of another format is left in a state."""
-        extra = {*(() if remainder_dtype(self.param) else ("param_remainder",))}
+        extra = {key for dtype, key in REMAINDER_KEYS.items() if dtype != remainder_dtype(self.param)}
         extra |= {*(REAL_MOMENTS if self.moments == "8bit" else OF_8BIT)}
         return extra.isdisjoint(state)
 
@@ -82,16 +90,25 @@ def _has_whole_groups(p: torch.Tensor) -> bool:
     return local.is_contiguous() and last % GROUP == 0 and tuple(shape) == (*rows, last // GROUP)
 
 
+def _groups_shape(p: torch.Tensor) -> tuple[int, ...]:
+    """Of the words of 8-bit moments: the parameter's own, but for the last dimension, where rows are whole groups.
+
+    So a checkpoint of whole tensors is one of shards, too. Else, or in another layout, 1-D in the order of memory.
+    """
+    if hasattr(p, "_local_tensor") or (p.ndim and p.shape[-1] % GROUP == 0 and p.is_contiguous()):
+        return (*p.shape[:-1], p.shape[-1] // GROUP)
+    return (-(-p.numel() // GROUP),)
+
+
 def _new_groups(p: torch.Tensor) -> torch.Tensor:
-    """The words of 8-bit moments' groups: int16, 1-D; for a DTensor, one sharded as it is."""
+    """The words of 8-bit moments' groups: int16; for a DTensor, one sharded as it is."""
     if not hasattr(p, "_local_tensor"):
-        return torch.zeros(-(-p.numel() // GROUP), dtype=torch.int16, device=p.device)
+        return torch.zeros(_groups_shape(p), dtype=torch.int16, device=p.device)
     import torch.distributed.tensor as distributed
 
     shard: Any = p
     groups: torch.Tensor = distributed.zeros(
-        *p.shape[:-1],
-        p.shape[-1] // GROUP,
+        *_groups_shape(p),
         dtype=torch.int16,
         device_mesh=shard.device_mesh,
         placements=shard.placements,
@@ -109,7 +126,7 @@ def state_dtypes(local: torch.Tensor, formats: Formats, options: dict[str, Any])
     if options["ema_decay"] is not None:
         dtypes["param_ema"] = torch.bfloat16 if options["ema_format"] == "bfloat16" else compute
     remainder = remainder_dtype(formats.param)
-    return dtypes if remainder is None else dtypes | {"param_remainder": remainder}
+    return dtypes if remainder is None else dtypes | {REMAINDER_KEYS[remainder]: remainder}
 
 
 def local_state(state: dict[str, Any]) -> dict[str, Any]:
@@ -117,6 +134,63 @@ def local_state(state: dict[str, Any]) -> dict[str, Any]:
     return {
         key: local_view(value) for key, value in state.items() if key in STATE_KEYS and isinstance(value, torch.Tensor)
     }
+
+
+def _seen_as(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same memory under a dtype of the same width; of a DTensor, one placed as it is."""
+    if not hasattr(value, "_local_tensor"):
+        return value.detach().view(dtype)
+    from torch.distributed.tensor import DTensor
+
+    shard: Any = value
+    return DTensor.from_local(
+        local_view(value).detach().view(dtype),
+        shard.device_mesh,
+        shard.placements,
+        run_check=False,
+        shape=value.shape,
+        stride=value.stride(),
+    )
+
+
+def _of_dtype(state: dict[str, Any], keys: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {key: state[key] for key in keys if getattr(state.get(key), "dtype", None) == dtype}
+
+
+def packed(state: dict[str, Any], *, is_flat_shard: bool = False) -> dict[str, Any]:
+    """A state as it is saved: the same memory, int16 tensors as COMMUNICABLE.
+
+    Beside a shard of FullyShardedDataParallel all of it is float32, which holds the values of every narrower dtype:
+    `FullyShardedDataParallel.optim_state_dict` takes one dtype a parameter and no integers.
+    """
+    if is_flat_shard:
+        narrow = {key: state[key] for key in STATE_KEYS if getattr(state.get(key), "ndim", 0)}
+        return state | {key: value.float() for key, value in narrow.items() if value.dtype.itemsize < 4}
+    found = _of_dtype(state, INT16_KEYS, torch.int16)
+    return state | {key: _seen_as(value, COMMUNICABLE) for key, value in found.items()} if found else state
+
+
+def unpacked(state: dict[str, Any]) -> dict[str, Any]:
+    """A state as it is kept, of one that may be as it was saved; itself where there is no difference."""
+    if _SAVED_OTHERWISE.isdisjoint(state):
+        return state
+    found = {key: _seen_as(value, torch.int16) for key, value in _of_dtype(state, INT16_KEYS, COMMUNICABLE).items()}
+    for dtype, key in REMAINDER_KEYS.items():
+        for value in _of_dtype(state, (key,), torch.float32).values():
+            if torch.equal(local_view(value), local_view(value).to(dtype).float()):
+                found[key] = value.to(dtype)
+    return state | found if found else state
+
+
+def remainder_in(state: dict[str, Any]) -> torch.Tensor | None:
+    """The rest of a weight in a state, in whichever format; None where there is none."""
+    return next((state[key] for key in REMAINDER_KEYS.values() if state.get(key) is not None), None)
+
+
+def forget_remainder(state: dict[str, Any]) -> None:
+    """Remove it."""
+    for key in REMAINDER_KEYS.values():
+        state.pop(key, None)
 
 
 def moment_format_in(state: dict[str, Any]) -> str | None:
@@ -136,7 +210,7 @@ def moment_format_in(state: dict[str, Any]) -> str | None:
 def real_moments(p: torch.Tensor, state: dict[str, Any]) -> dict[str, torch.Tensor]:
     """What the codes of a state mean: exp_avg and exp_avg_sq, new and float32."""
     wide = {key: like(p, torch.float32) for key in REAL_MOMENTS}
-    codes = {key: value.to(local_view(p).device) for key, value in local_state(state).items()}
+    codes = {key: value.to(local_view(p).device) for key, value in local_state(unpacked(state)).items()}
     # The codes' own layout may no longer be the parameter's.
     for target, value in zip(wide.values(), unpack_moments(codes, codes[CODES[0]]), strict=True):
         local_view(target).copy_(value)
@@ -187,6 +261,7 @@ def check_adoptable(name: str, p: torch.Tensor, local: torch.Tensor, state: dict
     Raises:
         ValueError, TypeError: naming the parameter, what it was, and the way out.
     """
+    state = unpacked(state)
     foreign = (*REAL_MOMENTS, *CODES) if rule == "sgdw" else (BUFFER,)
     for key in foreign:
         if state.get(key) is not None:
@@ -198,8 +273,14 @@ def check_adoptable(name: str, p: torch.Tensor, local: torch.Tensor, state: dict
     if coded and not state.keys().isdisjoint(REAL_MOMENTS):
         both = ", ".join(key for key in (*REAL_MOMENTS, *CODES) if key in state)
         raise ValueError(
-            f"the state of {name} has {both}; expected moments as real values or as codes, not both. Delete "
-            "those that are out of date."
+            f"the state of {name} has {both}; expected moments as real values or as codes, not both. Delete those that "
+            "are out of date; or, if a checkpoint has codes where shards here cannot, or the reverse, save it after "
+            "convert(moment_format='float32') and load it in that format."
+        )
+    if all(state.get(key) is not None for key in REMAINDER_KEYS.values()):
+        raise ValueError(
+            f"the state of {name} has {' and '.join(REMAINDER_KEYS.values())}; expected one rest of the weight at "
+            "most. Delete the one that is out of date."
         )
     needed = ("step", *(CODES if coded else REAL_MOMENTS))
     known = [key for key in needed if key in state]
@@ -226,16 +307,17 @@ def check_adoptable(name: str, p: torch.Tensor, local: torch.Tensor, state: dict
             raise ValueError(f"step of {name} is {float(step)}; expected a whole number from 0 to {MAX_STEP}.")
     if coded:
         _check_codes(name, local, state)
-    for key in (*CODES, *REAL_MOMENTS, BUFFER, "max_exp_avg_sq", "param_ema", "param_remainder"):
+    remainders = {key: dtype for dtype, key in REMAINDER_KEYS.items()}
+    for key in (*CODES, *REAL_MOMENTS, BUFFER, "max_exp_avg_sq", "param_ema", *remainders):
         value = state.get(key)
         if value is None:
             continue
-        if key == "param_remainder":
-            if not isinstance(value, torch.Tensor) or value.dtype not in (torch.int8, torch.int16):
+        if key in remainders:
+            if not isinstance(value, torch.Tensor) or value.dtype != remainders[key]:
                 kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
                 raise TypeError(
-                    f"{key} of {name} is {kind}; expected an int8 or int16 tensor. If it has been through torch's "
-                    "optimizer, which casts it, delete the entry: the weight goes on from its 16-bit value."
+                    f"{key} of {name} is {kind}; expected a tensor of {remainders[key]}. If it has been through "
+                    "torch's optimizer, which casts it, delete the entry: the weight goes on from its 16-bit value."
                 )
         elif key not in CODES:
             if not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex()):
@@ -317,6 +399,7 @@ def complete_state(
     model inherited. What `check_adoptable` refuses must not come here.
     """
     local = local_view(p)
+    _unpack(state)
     if "step" not in state:
         # torch's SGD does not count: its buffer has received one gradient at least.
         taken = 0.0 if state.get(BUFFER) is None else 1.0
@@ -337,6 +420,12 @@ def complete_state(
     complete_remainder(name, p, state, remainder_dtype(formats.param))
     if options["ema_decay"] is not None:
         _complete_average(p, state, options)
+
+
+def _unpack(state: dict[str, Any]) -> None:
+    kept = unpacked(state)
+    if kept is not state:
+        state.update(kept)
 
 
 def like(p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -361,7 +450,10 @@ def _complete_moments(name: str, p: torch.Tensor, state: dict[str, Any], options
         for key in CODES:
             _replace(state, key, state[key].to(p.device))
         device = local_view(p).device
-        _replace(state, "moment_groups", state["moment_groups"].to(device))
+        words = state["moment_groups"].to(device)
+        if words.shape != _groups_shape(p):
+            words = words.reshape(_groups_shape(p))
+        _replace(state, "moment_groups", words)
         _replace(state, "exp_avg_sq_scale", state["exp_avg_sq_scale"].to(device).reshape(()))
         return
     if present == "8bit":
@@ -393,16 +485,18 @@ def _complete_moments(name: str, p: torch.Tensor, state: dict[str, Any], options
 
 def complete_remainder(name: str, p: torch.Tensor, state: dict[str, Any], wanted: torch.dtype | None) -> None:
     """A new remainder is 0: the weight is what it is. One in the other format is converted together with its weight."""
-    present = state.get("param_remainder")
+    _unpack(state)
+    present = remainder_in(state)
     if present is None and wanted is None:
         return
     if wanted is None:
         if p.dtype not in (torch.bfloat16, torch.float16):
             drop_remainder(name, p, state)
-        state.pop("param_remainder", None)
+        forget_remainder(state)
         return
+    key = REMAINDER_KEYS[wanted]
     if present is None:
-        state["param_remainder"] = like(p, wanted)
+        state[key] = like(p, wanted)
         return
     present = placed(present, p, present.dtype)
     if present.dtype != wanted:
@@ -410,7 +504,8 @@ def complete_remainder(name: str, p: torch.Tensor, state: dict[str, Any], wanted
         values = merge_weight(local, local_view(present))
         present = like(p, wanted)
         split_weight(values, local, local_view(present))
-    _replace(state, "param_remainder", present)
+        forget_remainder(state)
+    _replace(state, key, present)
 
 
 def drop_remainder(name: str, p: torch.Tensor, state: dict[str, Any]) -> None:
@@ -420,7 +515,7 @@ def drop_remainder(name: str, p: torch.Tensor, state: dict[str, Any]) -> None:
         "know of it. Take fp32_weights() before changing a model's dtype.",
         stacklevel=2,
     )
-    del state["param_remainder"]
+    forget_remainder(state)
 
 
 def _complete_average(p: torch.Tensor, state: dict[str, Any], options: dict[str, Any]) -> None:
@@ -430,7 +525,7 @@ def _complete_average(p: torch.Tensor, state: dict[str, Any], options: dict[str,
         _replace(state, "param_ema", placed(state["param_ema"], p, dtype))
         return
     ema = state["param_ema"] = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format)
-    remainder = state.get("param_remainder")
+    remainder = remainder_in(state)
     if remainder is None:
         ema.copy_(p)
     else:

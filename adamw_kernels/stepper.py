@@ -32,10 +32,17 @@ from adamw_kernels.functional import (
 )
 from adamw_kernels.hyperparameters import check_hyperparameters
 from adamw_kernels.launch_table import LaunchPlan, TensorSpec
-from adamw_kernels.options import FURTHER_OPTIONS, check_8bit_betas
+from adamw_kernels.options import FURTHER_OPTIONS, check_8bit_betas, check_seed
 from adamw_kernels.param_copies import ParamCopies
 from adamw_kernels.rules import group_hyperparameters, initial_lr_of, moment_keys, read_groups, rule_of
-from adamw_kernels.sharding import description, first_element, mesh_groups, shard_groups
+from adamw_kernels.sharding import (
+    description,
+    first_element,
+    is_flat_shard,
+    mesh_groups,
+    random_place,
+    shard_groups,
+)
 from adamw_kernels.state import (
     check_adoptable,
     check_formats,
@@ -43,6 +50,7 @@ from adamw_kernels.state import (
     drop_remainder,
     formats_of,
     local_state,
+    remainder_in,
     state_dtypes,
 )
 from adamw_kernels.tensor_watch import ALWAYS_ODD, NO_ROW, TensorWatch, watch_tensors
@@ -66,7 +74,7 @@ class Options:
         backend: as `backends.choose` takes it.
         clip_per_group: every group has a gradient norm of its own.
         process_group: over which parameters other than DTensors are sharded, or None.
-        seed: of the random bits of stochastic rounding.
+        seed: of the random bits of stochastic rounding, in groups that name none.
         copies: of the weights in 16 bits.
     """
 
@@ -217,7 +225,7 @@ class Stepper:
         before = self.members.get(id(p))
         if before is None or before.param_dtype == p.dtype:
             return
-        if "param_remainder" in self.state.get(p, {}):
+        if remainder_in(self.state.get(p, {})) is not None:
             drop_remainder(name, p, self.state[p])  # raises where warnings are errors
         del self.members[id(p)]  # what will be loaded after this belongs to the new dtype
         self.plan = None
@@ -339,6 +347,9 @@ class Stepper:
             check_hyperparameters(group_hyperparameters(group), f"param_groups[{index}]")
             if _is_coded(group):
                 check_8bit_betas(group, f"param_groups[{index}]")
+                self._refuse_flat_shards(index - self.place[0])
+            if "seed" in group:
+                check_seed(group["seed"], f"seed of param_groups[{index}]")
             if group.get("decay_coupling") == "schedule" and initial_lr_of(group) is None:
                 raise ValueError(
                     f"param_groups[{index}]: decay_coupling='schedule', and the group has no initial_lr; expected the "
@@ -377,7 +388,21 @@ class Stepper:
         self.members = members
         self._structure, self._sizes, self._extended = structure, sizes, extended
         self._coded = [i for i, group in enumerate(self.groups) if _is_coded(group)]
-        self._flat_shards = any(_is_flat_shard(p) for group in self.lists for p in group["params"])
+        self._flat_shards = any(is_flat_shard(p) for group in self.lists for p in group["params"])
+
+    def _refuse_flat_shards(self, group: int) -> None:
+        """Refuse 8-bit moments of parameters that FullyShardedDataParallel cuts anywhere, all ranks alike.
+
+        Raises:
+            ValueError: naming the first of them.
+        """
+        for index, p in enumerate(self.lists[group]["params"]):
+            if is_flat_shard(p):
+                raise ValueError(
+                    f"moment_format of {self._name(group, index)} is '8bit', and it is sharded by "
+                    "FullyShardedDataParallel, which cuts groups of neighbours in two and cannot save what they share; "
+                    "expected 'float32' or 'bfloat16'. Under FSDP2 (fully_shard) 8 bits work."
+                )
 
     def _home(self) -> torch.device | None:
         """Where to decide if no parameter has a gradient."""
@@ -414,7 +439,7 @@ class Stepper:
         for position, (group, index) in enumerate(places, self.place[2]):
             p = self.lists[group]["params"][index]
             if p.grad is not None or (keep_idle and self.state.get(p)):
-                candidates.setdefault(id(p), (self._name(group, index), group, p, position))
+                candidates.setdefault(id(p), (self._name(group, index), group, p, random_place(p, position)))
         stepped: list[tuple[str, torch.Tensor, torch.Tensor]] = []
         for name, group, p, _ in candidates.values():  # first all checks, then the first change
             if p.grad is not None:
@@ -434,12 +459,12 @@ class Stepper:
         steps_seen: set[int] = set()
         options = [FURTHER_OPTIONS | group for group in self.groups]
         traits = [_traits(of_group) for of_group in options]
-        for name, group, p, position in candidates.values():
+        for name, group, p, place in candidates.values():
             self.forget_recast(name, p)
             if p.grad is not None:
                 complete_state(name, p, self.state[p], options[group], steps_seen)
             try:
-                spec = self._spec(name, group, p, position, options[group], traits[group])
+                spec = self._spec(name, group, p, place, options[group], traits[group])
             except (AttributeError, KeyError, TypeError, ValueError):
                 if p.grad is not None:
                     raise
@@ -456,7 +481,7 @@ class Stepper:
         name: str,
         group: int,
         p: torch.Tensor,
-        position: int,
+        place: int,
         options: dict[str, Any],
         traits: dict[str, Any],
     ) -> TensorSpec:
@@ -485,10 +510,10 @@ class Stepper:
             amsgrad=bool(maximum),
             ema=views.get("param_ema"),
             domain=self._domain(group, p),
-            random_stream=random_stream(self.options.seed, position),
+            random_stream=random_stream(int(options.get("seed", self.options.seed)), place),
             param_format=formats.param,
             moment_format=formats.moments,
-            remainder=views.get("param_remainder"),
+            remainder=remainder_in(views),
             groups=views.get("moment_groups"),
             scale=views.get("exp_avg_sq_scale"),
             first_element=first_element(p, self.options.process_group),
@@ -520,7 +545,7 @@ class Stepper:
         domains = [NormDomain(norm, (process_group,)) for norm in norms]
         for index, group in enumerate(self.lists):
             for i, p in enumerate(group["params"]):
-                if self.control.measures and process_group is None and _is_flat_shard(p):
+                if self.control.measures and process_group is None and is_flat_shard(p):
                     raise RuntimeError(
                         f"{self._name(index, i)} is sharded by FullyShardedDataParallel, and gradient norms and guards "
                         "need to know over which processes. Pass process_group= to FusedAdamW."
@@ -566,11 +591,6 @@ def _is_extended(group: dict[str, Any]) -> bool:
 def _is_coded(group: dict[str, Any]) -> bool:
     """Whether the group asks for moments of 8 bits."""
     return group.get("moment_format") == "8bit" and rule_of(group) == "adamw"
-
-
-def _is_flat_shard(p: torch.Tensor) -> bool:
-    """Whether it is a shard of FullyShardedDataParallel (FSDP1), a plain tensor to look at."""
-    return getattr(p, "_fsdp_flattened", False) or type(p).__name__ == "FlatParameter"
 
 
 def param_name(group: dict[str, Any], group_index: int, index: int) -> str:

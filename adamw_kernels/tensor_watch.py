@@ -26,6 +26,7 @@ STATE_KEYS = (
     "max_exp_avg_sq",
     "param_ema",
     "param_remainder",
+    "param_remainder_8bit",
     "exp_avg_code",
     "exp_avg_sq_code",
     "moment_groups",

@@ -14,6 +14,9 @@ from adamw_kernels import FusedAdamW
 # A matrix, a vector and a scalar; small, because every launch of Triton's interpreter costs milliseconds.
 SHAPES = ((3, 5), (7,), ())
 
+# What the rest of a weight is kept under, by param_format.
+REMAINDER_KEYS = {"split24": "param_remainder_8bit", "split32": "param_remainder"}
+
 
 def make_params(
     device: torch.device,

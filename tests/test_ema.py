@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import Path
 from pairs import (
+    REMAINDER_KEYS,
     Gradients,
     assert_agree,
     assert_close,
@@ -122,7 +123,8 @@ def test_average_equals_a_separate_pass(path: Path, dtype: torch.dtype, param_fo
         opt.step()
         plain.step()
         for average in averages:
-            average.update(0.9, opt.state[average.param].get("param_remainder"))
+            state = opt.state[average.param]
+            average.update(0.9, state.get(REMAINDER_KEYS["split24" if param_format == "split24" else "split32"]))
             average.check(opt, f"step {step}")
     for p, q in zip(params, params_of(plain), strict=True):
         assert torch.equal(bits(p), bits(q)), "the weights do not depend on their average"

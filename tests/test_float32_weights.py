@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as checkpoint
-from pairs import Gradients, assert_same_bits, assert_unchanged, bits, copies, params_of, snapshot
+from pairs import REMAINDER_KEYS, Gradients, assert_same_bits, assert_unchanged, bits, copies, params_of, snapshot
 from torch.distributed.checkpoint import state_dict as dcp
 
 from adamw_kernels import FusedAdamW, FusedSGDW
@@ -84,8 +84,9 @@ def test_state_is_complete(device: torch.device, dtype: torch.dtype, param_forma
         entries = opt.state[p], stepped.state[q]
         kinds, expected = ({key: (x.dtype, x.shape) for key, x in entry.items()} for entry in entries)
         assert kinds == expected
-        assert ("param_remainder" in kinds) == (p.dtype == dtype)
-        assert not any(opt.state[p][key].any() for key in kinds.keys() - {"param_remainder", "exp_avg_sq_scale"})
+        key_of_rest = REMAINDER_KEYS[param_format]
+        assert (key_of_rest in kinds) == (p.dtype == dtype)
+        assert not any(opt.state[p][key].any() for key in kinds.keys() - {key_of_rest, "exp_avg_sq_scale"})
     exported = opt.export_state_dict()["state"]
     assert all(not value.any() for entry in exported.values() for value in entry.values())
 
@@ -160,24 +161,26 @@ def test_frozen_parameters_get_no_moments(device: torch.device, param_format: st
     frozen = model[0].weight.requires_grad_(False)
     opt = FusedAdamW(model.parameters(), param_format=param_format, moment_format=moment_format, ema_decay=0.5, **HYPER)
     opt.load_fp32_weights(weights)
-    assert opt.state[frozen].keys() == {"param_remainder"}
-    assert opt.state[model[0].bias].keys() == {"step", "exp_avg", "exp_avg_sq", "param_ema", "param_remainder"}
+    assert opt.state[frozen].keys() == {REMAINDER_KEYS[param_format]}
+    rest = REMAINDER_KEYS[param_format]
+    assert opt.state[model[0].bias].keys() == {"step", "exp_avg", "exp_avg_sq", "param_ema", rest}
     remembered = opt.fp32_weights()[frozen]
     other = {"split24": "split32", "split32": "split24"}[param_format]
     opt.convert(param_format=other, moment_format="float32")
-    assert opt.state[frozen].keys() == {"param_remainder"}
-    assert opt.state[frozen]["param_remainder"].dtype == {"split24": torch.int8, "split32": torch.int16}[other]
+    assert opt.state[frozen].keys() == {REMAINDER_KEYS[other]}
+    dtypes = {"split24": torch.int8, "split32": torch.int16}
+    assert opt.state[frozen][REMAINDER_KEYS[other]].dtype == dtypes[other]
     if other == "split32":
         assert torch.equal(bits(opt.fp32_weights()[frozen]), bits(remembered))
     opt.convert(param_format=param_format, moment_format=moment_format)
     kept = opt.fp32_weights()[frozen]
     Gradients().give(params_of(opt), present=[p is not frozen for p in params_of(opt)])
     opt.step()
-    assert opt.state[frozen].keys() == {"param_remainder"}
+    assert opt.state[frozen].keys() == {rest}
     assert torch.equal(bits(opt.fp32_weights()[frozen]), bits(kept))
     frozen.requires_grad_()
     train((opt,), Gradients())
-    assert opt.state[frozen].keys() == MOMENTS[moment_format] | {"step", "param_remainder", "param_ema"}
+    assert opt.state[frozen].keys() == MOMENTS[moment_format] | {"step", rest, "param_ema"}
     assert float(opt.state[frozen]["step"]) == 1
 
 
@@ -264,11 +267,11 @@ def test_remainder_of_the_weight_before_is_dropped(
     opt.param_groups[0]["param_format"] = after
     weights = wide_weights(model)
     opt.load_fp32_weights(weights)
-    assert not any("param_remainder" in entry for entry in opt.state.values())
+    assert all(entry.keys().isdisjoint(REMAINDER_KEYS.values()) for entry in opt.state.values())
     opt.convert(param_format=param_format)
     for p, weight in zip(model.parameters(), weights, strict=True):
         assert torch.equal(opt.fp32_weights()[p], weight.to(p.dtype).float())
-    assert not opt.state[model[0].weight]["param_remainder"].any()
+    assert not opt.state[model[0].weight][REMAINDER_KEYS[param_format]].any()
 
 
 @pytest.mark.parametrize("after", ["native", "stochastic"])
@@ -283,11 +286,11 @@ def test_converted_before_the_first_step(
     opt.load_fp32_weights(wide_weights(model))
     stored = [p.detach().clone() for p in model.parameters()]
     opt.convert(param_format=after)
-    assert not any("param_remainder" in entry for entry in opt.state.values())
+    assert all(entry.keys().isdisjoint(REMAINDER_KEYS.values()) for entry in opt.state.values())
     for p, weight in zip(model.parameters(), stored, strict=True):
         assert torch.equal(p, weight) and torch.equal(opt.fp32_weights()[p], weight.float())
     train((opt,), Gradients())
-    assert not any("param_remainder" in entry for entry in opt.state.values())
+    assert all(entry.keys().isdisjoint(REMAINDER_KEYS.values()) for entry in opt.state.values())
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

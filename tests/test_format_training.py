@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import Path
-from pairs import Gradients, assert_same_bits, assert_unchanged, bits, copies, make_params, params_of, snapshot
+from pairs import (
+    REMAINDER_KEYS,
+    Gradients,
+    assert_same_bits,
+    assert_unchanged,
+    bits,
+    copies,
+    make_params,
+    params_of,
+    snapshot,
+)
 from tolerances import tolerance
 
 from adamw_kernels import FusedAdamW
@@ -192,7 +202,8 @@ def test_grad_scaler(device: torch.device) -> None:
 
 def remembered(opt: FusedAdamW, p: torch.Tensor) -> list[torch.Tensor]:
     """Copies of a weight's bits and of its remainder's."""
-    return [bits(x).clone() for x in (p, opt.state[p].get("param_remainder")) if x is not None]
+    state = opt.state[p]
+    return [bits(x).clone() for x in (p, *(state[key] for key in REMAINDER_KEYS.values() if key in state))]
 
 
 @every_combination

@@ -15,6 +15,7 @@ import reference_formats as formats
 import torch
 from conftest import Path
 from pairs import (
+    REMAINDER_KEYS,
     Gradients,
     assert_same_bits,
     assert_unchanged,
@@ -174,11 +175,12 @@ def test_seed_is_part_of_a_checkpoint(device: torch.device, dtype: torch.dtype) 
     opt = trained(device, dtype, "stochastic", "8bit", seed=11)
     resumed = FusedAdamW(copies(params_of(opt)), seed=12)
     resumed.load_state_dict(opt.state_dict())
-    assert all("seed" not in group for group in resumed.param_groups)
+    assert [group["seed"] for group in resumed.param_groups] == [11]
     train((opt, resumed), Gradients(5), 3)
     assert_unchanged(snapshot(opt), snapshot(resumed))
     exact = FusedAdamW(copies(params_of(opt)))
-    assert all("seed" not in group for group in exact.state_dict()["param_groups"])
+    for groups in (exact.param_groups, exact.state_dict()["param_groups"]):
+        assert all("seed" not in group for group in groups)
 
 
 @every_combination
@@ -234,7 +236,7 @@ def test_fp32_weights_are_the_judges(
     for p, weight in weights.items():
         assert (weight.dtype, weight.shape, weight.device) == (torch.float32, p.shape, p.device)
         assert weight.data_ptr() != p.data_ptr() and not weight.requires_grad
-        remainder = stored(opt.state[p]["param_remainder"]) if is_split else None
+        remainder = stored(opt.state[p][REMAINDER_KEYS[param_format]]) if is_split else None
         expected = formats.load_weight(stored(p), remainder, name, param_format if is_split else "native")
         np.testing.assert_array_equal(stored(weight).view(np.uint32), expected.view(np.uint32))
         assert is_split != torch.equal(weight, p.float())
@@ -473,7 +475,7 @@ def test_convert_in_the_middle_of_a_run(device: torch.device, before: tuple[str,
             assert_weights_held(remembered[p], exact[p], torch.bfloat16, "split24", "converted")
         elif after[0] in ("native", "stochastic"):
             assert torch.equal(bits(p), was), "was the nearest already"
-            assert "param_remainder" not in opt.state[p]
+            assert opt.state[p].keys().isdisjoint(REMAINDER_KEYS.values())
         else:
             assert torch.equal(bits(remembered[p]), bits(exact[p]))
     for p, moment in zip(params, moments, strict=True):
@@ -704,12 +706,24 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], str]]
         r"exp_avg_sq_code of .* has strides \(1, 67\).* layout",
     ),
     "cast-remainder": (
-        change("param_remainder", torch.Tensor.bfloat16),
+        change("param_remainder_8bit", torch.Tensor.bfloat16),
         TypeError,
-        "param_remainder of .* is torch.bfloat16; expected an int8 or int16 tensor",
+        "param_remainder_8bit of .* is torch.bfloat16; expected a tensor of torch.int8",
     ),
-    "remainder-shape": (change("param_remainder", torch.Tensor.flatten), ValueError, r"remainder of .* \(4221,\)"),
-    "remainder-number": (change("param_remainder", lambda x: 3), TypeError, "param_remainder of .* is int; expected"),
+    "remainder-of-16-bits": (
+        change("param_remainder_8bit", torch.Tensor.short),
+        TypeError,
+        "param_remainder_8bit of .* is torch.int16; expected a tensor of torch.int8",
+    ),
+    "remainder-shape": (change("param_remainder_8bit", torch.Tensor.flatten), ValueError, r"8bit of .* \(4221,\)"),
+    "remainder-number": (change("param_remainder_8bit", lambda x: 3), TypeError, "_8bit of .* is int; expected"),
+    "two-remainders": (
+        lambda state: state.update(
+            param_remainder=torch.zeros(67, 63).short(), param_remainder_8bit=state["param_remainder_8bit"].clone()
+        ),
+        ValueError,
+        "has param_remainder and param_remainder_8bit; expected one rest of the weight at most",
+    ),
 }
 
 

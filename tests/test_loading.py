@@ -14,7 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from pairs import Gradients, assert_same_bits, assert_unchanged, copies, make_params, params_of, snapshot
+from pairs import (
+    REMAINDER_KEYS,
+    Gradients,
+    assert_same_bits,
+    assert_unchanged,
+    copies,
+    make_params,
+    params_of,
+    snapshot,
+)
 
 from adamw_kernels import BackendUnavailableError, FusedAdamW, backends
 
@@ -232,8 +241,8 @@ def test_missing_remainder_warns(device: torch.device, dtype: torch.dtype, param
     opt = two_groups(device, dtype, param_format=param_format)
     state = copy.deepcopy(opt.state_dict())
     assert not warnings_of_loading(opt, copy.deepcopy(state))
-    del state["state"][1]["param_remainder"]
-    del state["state"][2]["param_remainder"]
+    del state["state"][1][REMAINDER_KEYS[param_format]]
+    del state["state"][2][REMAINDER_KEYS[param_format]]
     messages = warnings_of_loading(opt, state)
     assert len(messages) == 2 and all(str(dtype) in message for message in messages)
     for message, place in zip(messages, ("[0]['params'][1]", "[1]['params'][0]"), strict=True):
@@ -241,14 +250,14 @@ def test_missing_remainder_warns(device: torch.device, dtype: torch.dtype, param
     p = params_of(opt)[1]
     assert torch.equal(opt.fp32_weights()[p], p.float())
     train(opt)
-    assert "param_remainder" in opt.state[p]
+    assert REMAINDER_KEYS[param_format] in opt.state[p]
 
 
 def test_missing_remainder_as_an_error_changes_nothing(device: torch.device) -> None:
     """Where warnings are errors, it is one of the checks."""
     opt = two_groups(device, param_format="split24")
     state = copy.deepcopy(opt.state_dict())
-    del state["state"][1]["param_remainder"]
+    del state["state"][1][REMAINDER_KEYS["split24"]]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_refused(opt, state, UserWarning, "no param_remainder")

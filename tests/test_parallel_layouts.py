@@ -264,7 +264,7 @@ def replicas_draw_the_same(rank: int) -> None:
             grad = torch.randn(64, 128, generator=torch.Generator().manual_seed(step)).bfloat16()
             p.grad = distribute_tensor(grad, mesh, p.placements, src_data_rank=None)
             opt.step()
-        for key in ("exp_avg_code", "exp_avg_sq_code", "moment_groups", "param_remainder"):
+        for key in ("exp_avg_code", "exp_avg_sq_code", "moment_groups", "param_remainder_8bit"):
             parts = gathered(opt.state[p][key].to_local().to(torch.int32))
             assert torch.equal(parts[rank], parts[(rank + 2) % WORLD]), key
             assert not torch.equal(parts[rank], parts[rank ^ 1]), key

@@ -184,8 +184,6 @@ def test_shards_have_the_bits_of_the_whole(
                 else:
                     assert isinstance(value, DTensor)
                     assert (value.device_mesh, value.placements) == (mesh, placements), key
-                    if key == "moment_groups":
-                        expected = expected.reshape(*shape[:-1], -1)
                     assert value.shape == expected.shape, key
                     expected = sharded(expected, mesh, placements).to_local()
                     value = value.to_local()
@@ -261,8 +259,6 @@ def test_interchange_of_shards(param_format: str, moment_format: str) -> None:
             for optimizer in (opt, before):
                 optimizer.convert(param_format=after[0], moment_format=after[1])
             whole = {**before.state[p], "fp32": before.fp32_weights()[p]}
-            if "moment_groups" in whole:
-                whole["moment_groups"] = whole["moment_groups"].reshape(66, 5)
             found = {**opt.state[part], "fp32": opt.fp32_weights()[part]}
             assert found.keys() == whole.keys()
             for key, value in found.items():
@@ -278,6 +274,4 @@ def _local(tensor: Any) -> torch.Tensor:
 def _as_shards(opt: FusedAdamW, p: torch.Tensor, mesh: Any, placements: tuple[Placement, ...]) -> dict[str, Any]:
     """The state of a whole parameter, cut as a checkpoint's reader would."""
     state = {**opt.state[p]}
-    if "moment_groups" in state:
-        state["moment_groups"] = state["moment_groups"].reshape(*p.shape[:-1], -1)
     return {key: sharded(value, mesh, placements) if value.ndim else value for key, value in state.items()}

@@ -383,6 +383,8 @@ def test_every_state_tensor_keeps_its_own_dtype(device: torch.device) -> None:
     }
     state["state"][0].update(own)
     kept = copy.deepcopy(state)
+    assert kept["state"][0]["param_remainder"].dtype == torch.bfloat16  # saved so, bit for bit, and kept as int16
+    kept["state"][0]["param_remainder"] = kept["state"][0]["param_remainder"].view(torch.int16)
     target = FusedAdamW(copies(params), **HYPER)
     target.load_state_dict(state)
 
