@@ -54,9 +54,9 @@ constexpr size_t kAhead = 8;
 
 bool is_state_name(PyObject* name) {
   if (!PyUnicode_Check(name)) return false;
-  for (const char* own : {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "param_ema", "param_remainder",
-                          "param_remainder_8bit", "exp_avg_code", "exp_avg_sq_code", "moment_groups",
-                          "exp_avg_sq_scale", "momentum_buffer"}) {
+  for (const char* own :
+       {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "param_ema", "param_remainder", "param_remainder_8bit",
+        "exp_avg_code", "exp_avg_sq_code", "moment_groups", "exp_avg_sq_scale", "momentum_buffer"}) {
     if (PyUnicode_CompareWithASCIIString(name, own) == 0) return true;
   }
   return false;
