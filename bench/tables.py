@@ -14,7 +14,7 @@ from typing import Any
 
 from bench import rows
 from bench.curves import RUNS
-from bench.machine import COUNTS
+from bench.machine import COUNTS, RESULTS
 from bench.quality import FORMATS
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -136,9 +136,15 @@ def formats(folder: Path) -> str:
     return table(heads.split(", "), body)
 
 
+def read_somewhere(folder: Path, row_type: type[rows.Row]) -> list[Record]:
+    """Rows that say nothing of speed: the folder's or, where it has none, the first other machine's that has."""
+    folders = (folder, *sorted(path for path in RESULTS.iterdir() if path.is_dir()))
+    return next((found for path in folders if (found := rows.read(path, row_type))), [])
+
+
 def quality(folder: Path) -> str:
     """The 8-bit moments beside published formats: the worst over both beta2, or each."""
-    records = rows.latest(rows.read(folder, rows.QualityRow), "format", "metric", "setting", "beta2")
+    records = rows.latest(read_somewhere(folder, rows.QualityRow), "format", "metric", "setting", "beta2")
     body = []
     for name in FORMATS:
         own = [row for row in records if row["format"] == name]
@@ -179,7 +185,7 @@ def short(value: float) -> str:
 
 def curves(folder: Path) -> str:
     """Last validation losses."""
-    records = rows.latest(rows.read(folder, rows.CurveRow), "format", "seed", "step")
+    records = rows.latest(read_somewhere(folder, rows.CurveRow), "format", "seed", "step")
     last = max(row["step"] for row in records)
     losses = {
         run.name: [
@@ -204,7 +210,7 @@ def curves(folder: Path) -> str:
 def accuracy(folder: Path) -> str:
     """Error of float32 weights against float64 AdamW."""
     keys = "contender", "lr", "weight_decay", "beta2"
-    records = rows.latest(rows.read(folder, rows.AccuracyRow), *keys)
+    records = rows.latest(read_somewhere(folder, rows.AccuracyRow), *keys)
     body = []
     for row in (row for row in records if row["contender"].startswith("ours")):
         same = [other for other in records if all(other[key] == row[key] for key in keys[1:])]
