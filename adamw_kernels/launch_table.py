@@ -425,9 +425,9 @@ class LaunchTable:
     def _find_batches(specs: Sequence[TensorSpec], chunk_ends: list[int]) -> list[Batch]:
         batches: list[Batch] = []
         begin = 0
+        combinations = [spec.combination() for spec in specs]
         for i, spec in enumerate(specs):
-            following = specs[i + 1] if i + 1 < len(specs) else None
-            if following is None or following.combination() != spec.combination():
+            if i + 1 == len(specs) or combinations[i + 1] != combinations[i]:
                 shared = spec.param.dtype, spec.grad_dtype, spec.moment_format, spec.rule
                 batches.append(Batch(*shared, begin, chunk_ends[i]))
                 begin = chunk_ends[i]
