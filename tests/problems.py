@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import Path
 from hypothesis import HealthCheck, Phase, settings
+from pairs import REMAINDER_KEYS
 from reference import (
     ARRAY_DTYPE,
     Decision,
@@ -232,7 +233,9 @@ class Case:
         return set() if flags["amsgrad"] else {"max_exp_avg_sq"}
 
     def state_key(self, key: str) -> str:
-        """What an optimizer's state calls the tensor `key`: there, 8-bit codes are not called as moments are."""
+        """What an optimizer's state calls the tensor `key`: there, what is stored otherwise is called otherwise."""
+        if key == "param_remainder":
+            return REMAINDER_KEYS[self.param_format]
         return f"{key}_code" if self.moment_format == "8bit" and key in MOMENTS else key
 
     def shape_of(self, key: str) -> tuple[int, ...]:
