@@ -158,10 +158,22 @@ def measure_kind(
     return result
 
 
+def placed_as(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """A gradient as backward leaves it: under FSDP2, a DTensor that shares its parameter's spec."""
+    spec = getattr(param, "_spec", None)
+    if spec is None:
+        return grad
+    from torch.distributed.tensor import DTensor
+
+    return DTensor(grad, spec, requires_grad=False)  # type: ignore[call-arg]
+
+
 def build(contender: Contender, kind: str, wrap: Wrap, tensors: int, grads: str, device: torch.device) -> Bench:
     """Builds and warms up one contender."""
     params = [torch.nn.Parameter(wrap(torch.full((1,), WEIGHT, device=device))) for _ in range(tensors)]
-    sets = [[wrap(torch.full((1,), GRAD, device=device)) for _ in params] for _ in range(GRAD_SETS[grads])]
+    sets = [
+        [placed_as(param, torch.full((1,), GRAD, device=device)) for param in params] for _ in range(GRAD_SETS[grads])
+    ]
     hand_over(params, sets[0])
     optimizer = contender.build([{"params": params, "lr": LR, "weight_decay": WEIGHT_DECAY}])
     for _ in range(WARM_UP_STEPS):
