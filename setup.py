@@ -1,4 +1,4 @@
-"""Metadata lives in pyproject.toml; this shim runs CMake for the one extension module.
+"""Metadata lives in pyproject.toml; this shim runs CMake for the extension modules.
 
 It imports neither torch nor numpy and touches no network. Pass CMake options through `CMAKE_ARGS`,
 for example `CMAKE_ARGS="-DADAMW_KERNELS_CUDA=OFF" pip install .`.
@@ -13,31 +13,32 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 MIN_CMAKE = (3, 25)  # as CMakeLists.txt says
 
 
 class CMakeBuild(build_ext):
-    """Configure and build the target `_C`, then put it where setuptools expects it."""
+    """Each module is a target of CMakeLists.txt."""
 
-    def build_extension(self, ext: Extension) -> None:
-        """Run CMake in the build tree; its own messages say what was found."""
-        cmake = shutil.which("cmake")
-        if cmake is None:
+    def build_extensions(self) -> None:
+        """Configure once; CMake's own messages say what was found."""
+        self.cmake = shutil.which("cmake")
+        if self.cmake is None:
             raise RuntimeError(
                 "cmake was not found. Install it (`pip install cmake` or your system's package) and build again."
             )
-        output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / "cmake"
-        build.mkdir(parents=True, exist_ok=True)
+        output = Path(self.get_ext_fullpath(self.extensions[0].name)).resolve()
+        self.tree = Path(self.build_temp).resolve() / "cmake"
+        self.tree.mkdir(parents=True, exist_ok=True)
         configure = [
-            cmake,
+            self.cmake,
             "--fresh",  # an option of the last build must not linger in the cache
             "-S",
             str(ROOT),
             "-B",
-            str(build),
+            str(self.tree),
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output.parent}",
             "-DCMAKE_BUILD_TYPE=Release",
@@ -46,7 +47,15 @@ class CMakeBuild(build_ext):
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
         subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(build), "--parallel", "--target", "_C"], check=True)
+        super().build_extensions()
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build the target of the module's name, and put it where setuptools expects it."""
+        target = ext.name.rpartition(".")[2]
+        try:
+            subprocess.run([self.cmake, "--build", str(self.tree), "--parallel", "--target", target], check=True)
+        except subprocess.CalledProcessError as error:
+            raise CompileError(f"the module {ext.name} cannot be compiled") from error  # a warning if it is optional
 
 
 def missing_tools() -> list[str]:
@@ -64,7 +73,11 @@ def missing_tools() -> list[str]:
 NATIVE = ["CMakeLists.txt", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir())]
 
 setup(
-    ext_modules=[Extension("adamw_kernels._C", sources=[], depends=NATIVE)],
+    ext_modules=[
+        Extension("adamw_kernels._C", sources=[], depends=NATIVE),
+        # Without torch in the build environment there is none; its twin in Python takes over.
+        Extension("adamw_kernels._tensor_watch", sources=[], depends=NATIVE, optional=True),
+    ],
     cmdclass={"build_ext": CMakeBuild},
     setup_requires=missing_tools(),
 )

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
+from adamw_kernels.tensor_watch import load_native as load_watch
+
 if TYPE_CHECKING:
     from adamw_kernels.launch_table import LaunchTable
 
@@ -22,7 +24,7 @@ BACKEND_VARIABLE = "ADAMW_KERNELS_BACKEND"
 ISA_VARIABLE = "ADAMW_KERNELS_CPU_ISA"
 MIN_TRITON = (3, 6)
 
-BUILD_HINT = "build it with `pip install .` in a checkout of adamw_kernels (a C++17 compiler is all it needs)"
+BUILD_HINT = "build it with `pip install .` in a checkout of adamw_kernels (a C++ compiler is all it needs)"
 
 
 class BackendUnavailableError(RuntimeError):
@@ -266,6 +268,7 @@ class CudaBackend:
 def survey() -> dict[str, Any]:
     """Everything that `describe` prints, as plain data."""
     native, native_reason = _load_native()
+    watch, watch_reason = load_watch()
     triton_version, triton_reason = _load_triton()
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
@@ -299,6 +302,7 @@ def survey() -> dict[str, Any]:
             or "none",
             "threads": str(torch.get_num_threads()),
             "CUDA kernels": native.cuda_build if native is not None else "not built",
+            "tensor watch": f"loaded, for torch {watch.torch_version}" if watch is not None else watch_reason,
         },
         "environment": {
             name: os.environ.get(name, "not set") for name in (BACKEND_VARIABLE, ISA_VARIABLE, "TRITON_INTERPRET")

@@ -11,14 +11,6 @@ PARAM_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.fl
 
 DTYPE_CODES: dict[torch.dtype, int] = {dtype: code for code, dtype in enumerate(PARAM_DTYPES)}
 
-# Code | bits << 8 of the DLPack dtype (2: float, 4: bfloat), by which tensor_watch recognises a gradient's dtype.
-DLPACK_DTYPES: dict[torch.dtype, int] = {
-    torch.float32: 2 | 32 << 8,
-    torch.bfloat16: 4 | 16 << 8,
-    torch.float16: 2 | 16 << 8,
-    torch.float64: 2 | 64 << 8,
-}
-
 
 def compute_dtype(param_dtype: torch.dtype) -> torch.dtype:
     """Dtype of the arithmetic and of the moments: float64 for float64 parameters, float32 for all others."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo
 from adamw_kernels import backends
 from adamw_kernels.agreement import Agreement, shares_of
 from adamw_kernels.control import NormDomain, StepControl
-from adamw_kernels.formats import DLPACK_DTYPES, DTYPE_CODES
+from adamw_kernels.formats import DTYPE_CODES
 from adamw_kernels.functional import chooser, grad_address, is_capturing, is_dense, local_grad
 from adamw_kernels.launch_table import DECIDE, MEASURE, LaunchPlan, TensorSpec
 from adamw_kernels.sharding import shard_groups
@@ -74,7 +74,7 @@ class _Meter:
             plain = type(p.grad) is torch.Tensor and not p.is_complex() and p.layout == torch.strided
             plain = plain and not hasattr(p, "_local_tensor") and not p.is_meta
             slots.append(NO_ROW if row is None else self._plan.slots[row] if plain else ALWAYS_ODD)
-            dtypes.append(0 if row is None else DLPACK_DTYPES[specs[row].grad_dtype])
+            dtypes.append(None if row is None else specs[row].grad_dtype)
         self._rows = rows
         self._seen = [(spec.param.numel(), spec.grad_dtype, spec.domain.process_groups) for spec in specs]
         self._process_group = process_group
@@ -89,11 +89,16 @@ class _Meter:
 
     def measure(self, params: list[torch.Tensor], agreement: Agreement) -> torch.Tensor | None:
         """The norm of the gradients that are there now; None if the tables do not fit them."""
-        found = self._watch.sweep([{"params": params}], {})
-        if found is None:
-            return None
-        kept = []  # like `found`, until they are measured
-        for position in found[2]:  # DTensors, complex tensors, gradients in another layout
+        odd = self._watch.sweep([{"params": params}], {})
+        try:
+            return None if odd is None else self._measure(params, odd, agreement)
+        finally:
+            self._watch.release()
+
+    def _measure(self, params: list[torch.Tensor], odd: Sequence[int], agreement: Agreement) -> torch.Tensor | None:
+        """The same, where the watch left these positions to be read."""
+        kept = []  # until they are measured
+        for position in odd:  # DTensors, complex tensors, gradients in another layout
             index = position if position >= 0 else -1 - position
             row = self._rows[index]
             grad = params[index].grad

@@ -10,14 +10,14 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from adamw_kernels.agreement import Roster, shares_of
 from adamw_kernels.control import NormDomain, StepControl
-from adamw_kernels.formats import DLPACK_DTYPES, random_stream
+from adamw_kernels.formats import random_stream
 from adamw_kernels.functional import (
     check_grad,
     check_overlap,
@@ -159,27 +159,28 @@ class Stepper:
         """
         self._redistributed = False
         signalled = grad_scale is not None or found_inf is not None
-        sweep = None if signalled and self.control is None else self._sweep()
+        relaid = None if signalled and self.control is None else self._sweep()
         if capturing:
-            self._check_capture(sweep is not None)
-        if sweep is None:
+            self._check_capture(relaid is not None)
+        if relaid is None:
             self._build(signalled=signalled)
             self._agree()
-            sweep = self._sweep()
-            assert sweep is not None, "a plan built a moment ago fits"
-        params, _grads, relaid = sweep  # alive until the launch: their addresses are in the table
-        if grad_scale is not None and self._flat_shards and self.options.process_group is None:
-            # After `unscale_` (then there is no grad_scale) a sharded scaler's flag is everybody's; here it is our own.
-            raise RuntimeError(
-                "parameters are sharded by FullyShardedDataParallel, and this process knows only its own shards' "
-                "overflow: some would step while others skip. Call scaler.unscale_(optimizer) before "
-                "scaler.step(optimizer), or pass process_group= to the optimizer."
-            )
-        if self.control is not None:
-            self.control.signal(grad_scale, found_inf, capturing=capturing)
-        torch.autograd.graph.increment_version(params)
-        assert self.plan is not None
-        self.plan.launch(capturing=capturing)
+            relaid = self._sweep()
+        assert relaid is not None and self.watch is not None and self.plan is not None, "a new plan fits"
+        try:  # parameters and gradients are held: their addresses are in the table
+            if grad_scale is not None and self._flat_shards and self.options.process_group is None:
+                # After `unscale_` (no grad_scale then) a sharded scaler's flag is everybody's; here it is our own.
+                raise RuntimeError(
+                    "parameters are sharded by FullyShardedDataParallel, and this process knows only its own shards' "
+                    "overflow: some would step while others skip. Call scaler.unscale_(optimizer) before "
+                    "scaler.step(optimizer), or pass process_group= to the optimizer."
+                )
+            if self.control is not None:
+                self.control.signal(grad_scale, found_inf, capturing=capturing)
+            self.watch.bump_versions()
+            self.plan.launch(capturing=capturing)
+        finally:
+            self.watch.release()
         if capturing:
             self._captured = self.plan
         del relaid
@@ -271,19 +272,27 @@ class Stepper:
                 "replay these values for ever). Call upload_hyperparameters() before the capture, as between replays."
             )
 
-    def _sweep(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]] | None:
-        """Bring the plan up to date, or return None where it must be built anew."""
+    def _sweep(self) -> Sequence[torch.Tensor] | None:
+        """Bring the plan up to date, or return None where it must be built anew.
+
+        Returns:
+            Copies of gradients, which must outlive the launch. What else the table refers to, the watch holds.
+        """
         if self.plan is None or self.watch is None or not self._refresh_hyperparameters():
             return None
         if self.options.copies and self.options.copies.addresses() != self._copies:
             return None
         with torch._C.DisableTorchFunctionSubclass():
-            found = self.watch.sweep(self.lists, self.state)
-        if found is None:
-            return None
-        params, grads, odd = found
-        relaid = self._read_odd(odd) if odd else []
-        return None if relaid is None else (params, grads, relaid)
+            odd = self.watch.sweep(self.lists, self.state)
+        if not odd:
+            return None if odd is None else ()
+        relaid = None
+        try:
+            relaid = self._read_odd(odd)
+        finally:
+            if relaid is None:
+                self.watch.release()
+        return relaid
 
     def _refresh_hyperparameters(self) -> bool:
         """Write the hyperparameters that changed; False if the plan's structure depends on one of them."""
@@ -304,7 +313,7 @@ class Stepper:
         return rows.refresh()
 
     @torch.no_grad()
-    def _read_odd(self, odd: list[int]) -> list[torch.Tensor] | None:
+    def _read_odd(self, odd: Sequence[int]) -> list[torch.Tensor] | None:
         """Write the gradients' addresses that the watch could not; the tensors must outlive the launch.
 
         Everything is compared before the first gradient is redistributed: that is a collective, and a process that did
@@ -379,7 +388,7 @@ class Stepper:
             for p in (p for group in self.lists for p in group["params"]):
                 member = members.get(id(p))
                 slots.append(NO_ROW if member is None else ALWAYS_ODD if p.is_complex() else plan.slots[member.row])
-                dtypes.append(0 if member is None else DLPACK_DTYPES[member.grad_dtype])
+                dtypes.append(None if member is None else member.grad_dtype)
             self.watch = watch_tensors(self.lists, self.state, slots, dtypes)
             self._copies = self.options.copies.addresses()
         if self.control is not None:

@@ -1,22 +1,22 @@
 """The host's half of a warm step: read every gradient's address, and notice anything else that changed.
 
-The compiled module does this natively (`csrc/tensor_watch.cpp`); the class here is its twin for machines without
-it, several times slower. Neither keeps a tensor alive. State tensors are remembered by weak
-reference, parameters by identity: `torch.utils.swap_tensors` (`module.to()` of DTensors) refuses a tensor that has weak
-references. A new parameter at an old one's address finds no state there, or fits in all else that is compared.
+The compiled module `_tensor_watch` does this natively (`csrc/tensor_watch.cpp`); the class here is its twin for
+machines without it, ten times slower. Neither keeps a tensor alive from step to step. State tensors are remembered by
+weak reference, parameters by identity: `torch.utils.swap_tensors` (`module.to()` of DTensors) refuses a tensor that has
+weak references. A new parameter at an old one's address finds no state there, or fits in all else that is compared.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib
 import weakref
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
-
-from adamw_kernels.backends import native_module
-from adamw_kernels.formats import DLPACK_DTYPES
 
 STATE_KEYS = (
     "step",
@@ -40,24 +40,50 @@ EMPTY_GRADIENT = 16
 NO_ROW = 0
 ALWAYS_ODD = -1
 
-Sweep = tuple[list[torch.Tensor], list[torch.Tensor], list[int]]
-
 
 class TensorWatch(Protocol):
     """What both implementations offer."""
 
-    def sweep(self, param_groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> Sweep | None:
+    def sweep(self, param_groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> Sequence[int] | None:
         """Write every slot; None if anything but gradients' addresses changed. Torch functions must be disabled.
 
+        Parameters that have a gradient, and those gradients, are held until `release`.
+
         Returns:
-            (params, grads, odd): the parameters that have a gradient, those gradients, and the positions, counted
-            over all parameters, of what must be looked at: a gradient in another layout or sharding or of another
-            type, any gradient of a parameter whose slot is ALWAYS_ODD (or -1 - position, where it has none).
+            The positions, counted over all parameters, of what must be looked at: a gradient in another layout or
+            sharding or of another kind, any gradient of a parameter whose slot is ALWAYS_ODD (or -1 - position, where
+            it has none).
         """
+
+    def bump_versions(self) -> None:
+        """Tell autograd that every parameter of the last sweep which has a gradient is written.
+
+        Raises:
+            RuntimeError: as torch does where an inference tensor may not be written.
+        """
+
+    def release(self) -> None:
+        """Let the tensors of the last sweep go."""
+
+
+@functools.cache
+def load_native() -> tuple[ModuleType | None, str]:
+    """The compiled watch, or None and why not."""
+    hint = "build it again with `pip install .` in a checkout of adamw_kernels, beside the torch that it shall run with"
+    try:
+        native = importlib.import_module("adamw_kernels._tensor_watch")
+    except ImportError as error:
+        return None, f"the compiled module adamw_kernels._tensor_watch cannot be imported ({error}); {hint}"
+    if native.torch_version != torch.__version__:
+        return None, f"adamw_kernels._tensor_watch was built for torch {native.torch_version}; {hint}"
+    return native, ""
 
 
 def watch_tensors(
-    param_groups: list[dict[str, Any]], state: Mapping[Any, Any], slots: Sequence[int], grad_dtypes: Sequence[int]
+    param_groups: list[dict[str, Any]],
+    state: Mapping[Any, Any],
+    slots: Sequence[int],
+    grad_dtypes: Sequence[torch.dtype | None],
 ) -> TensorWatch:
     """Remember every parameter and state tensor as it is now.
 
@@ -65,30 +91,17 @@ def watch_tensors(
         param_groups: the optimizer's.
         state: the optimizer's, a dict from parameter to dict.
         slots: per parameter, in order: host address of its gradient's address, NO_ROW or ALWAYS_ODD.
-        grad_dtypes: per parameter: value of DLPACK_DTYPES that its gradient must have.
+        grad_dtypes: per parameter: which its gradient must have.
     """
-    native = native_module()
-    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    native, _ = load_native()
     lists = all(isinstance(group["params"], list) for group in param_groups)  # what native code reads
-    if native is not None and exchange is not None and lists:
+    if native is not None and lists and isinstance(state, dict):
         try:
-            watch: TensorWatch = native.TensorWatch(
-                exchange, torch.Tensor, param_groups, state, slots, grad_dtypes, _address_function()
-            )
+            watch: TensorWatch = native.TensorWatch(param_groups, state, slots, grad_dtypes)
             return watch
-        except ValueError:
-            pass  # a torch whose native entry points are others, or a tensor that DLPack cannot describe
+        except (ValueError, RuntimeError):
+            pass  # a tensor whose memory cannot be read as torch reads its own
     return PythonTensorWatch(param_groups, state, slots, grad_dtypes)
-
-
-def _address_function() -> int:
-    """Where torch keeps the C function that tells a tensor object's address; 0 in a torch that has none.
-
-    Made for the C++ that torch's compiler writes and builds apart from torch, as this package is.
-    """
-    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
-    address = getattr(guards, "_torchinductor_pyobject_tensor_data_ptr", 0)
-    return address if isinstance(address, int) else 0
 
 
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -143,7 +156,7 @@ class PythonTensorWatch:
         param_groups: list[dict[str, Any]],
         state: Mapping[Any, Any],
         slots: Sequence[int],
-        grad_dtypes: Sequence[int],
+        grad_dtypes: Sequence[torch.dtype | None],
     ) -> None:
         """Take the snapshot."""
         params = [p for group in param_groups for p in group["params"]]
@@ -151,8 +164,7 @@ class PythonTensorWatch:
         self._slots = [ctypes.c_int64.from_address(slot) if slot > 0 else slot for slot in slots]
         self._ids = [id(p) for p in params]
         self._memory = [_memory(p) if slot > 0 else None for p, slot in zip(params, slots, strict=True)]
-        by_code = {code: dtype for dtype, code in DLPACK_DTYPES.items()}
-        self._grad_dtypes = [by_code.get(code) for code in grad_dtypes]
+        self._grad_dtypes = list(grad_dtypes)
         slot_of = {id(p): slot for p, slot in zip(params, slots, strict=True)}
         self._state: list[tuple[int, list[tuple[str, _Seen]]]] = []
         for key, entry in state.items():
@@ -160,12 +172,23 @@ class PythonTensorWatch:
             ours = isinstance(entry, dict) and slot != NO_ROW
             watched = [name for name in STATE_KEYS if ours and isinstance(entry.get(name), torch.Tensor)]
             self._state.append((id(key), [(name, _Seen(entry[name], slot > 0)) for name in watched]))
+        self._held: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def sweep(self, param_groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> Sweep | None:
+    def sweep(self, param_groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> Sequence[int] | None:
         """See `TensorWatch.sweep`."""
-        if not self._state_unchanged(state):
-            return None
-        return self._sweep_params(param_groups)
+        self._held = []
+        odd = self._sweep_params(param_groups) if self._state_unchanged(state) else None
+        if odd is None:
+            self._held = []
+        return odd
+
+    def bump_versions(self) -> None:
+        """See `TensorWatch.bump_versions`."""
+        torch.autograd.graph.increment_version([p for p, _ in self._held])
+
+    def release(self) -> None:
+        """See `TensorWatch.release`."""
+        self._held = []
 
     def _state_unchanged(self, state: Mapping[Any, Any]) -> bool:
         if len(state) != len(self._state):
@@ -177,11 +200,9 @@ class PythonTensorWatch:
                 return False
         return True
 
-    def _sweep_params(self, param_groups: list[dict[str, Any]]) -> Sweep | None:
+    def _sweep_params(self, param_groups: list[dict[str, Any]]) -> list[int] | None:
         if [len(group["params"]) for group in param_groups] != self._group_sizes:
             return None
-        params: list[torch.Tensor] = []
-        grads: list[torch.Tensor] = []
         odd: list[int] = []
         members: list[torch.Tensor] = [p for group in param_groups for p in group["params"]]
         for i, p in enumerate(members):
@@ -213,6 +234,5 @@ class PythonTensorWatch:
                     slot.value = local_grad.data_ptr() if local_grad.numel() else EMPTY_GRADIENT
             else:
                 odd.append(i)
-            params.append(p)
-            grads.append(grad)
-        return params, grads, odd
+            self._held.append((p, grad))
+        return odd

@@ -1,4 +1,4 @@
-// The only pybind11 file: unpack, check, call, throw. Tensors arrive as raw addresses; dtypes, devices,
+// The pybind11 layer: unpack, check, call, throw. Tensors arrive as raw addresses; dtypes, devices,
 // layouts and lifetimes were checked by Python when the launch table was built.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -9,7 +9,6 @@
 #include "cpu.h"
 #include "launch_table.h"
 #include "moments8.h"
-#include "tensor_watch.h"
 #ifdef ADAMW_KERNELS_CUDA
 #include "cuda_step.h"
 #endif
@@ -122,25 +121,4 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_architectures") = "";
 #endif
   m.attr("cuda_build") = ADAMW_KERNELS_CUDA_OUTCOME;
-
-  py::class_<TensorWatch>(m, "TensorWatch",
-                          "Remembers every tensor as it is now; sweep() reads the gradients' addresses and tells "
-                          "whether anything else changed.")
-      .def(py::init([](const py::capsule& exchange, const py::type& tensor_type, const py::list& param_groups,
-                       const py::dict& state, const std::vector<int64_t>& slots,
-                       const std::vector<int64_t>& grad_dtypes, int64_t address_function) {
-             return new TensorWatch(exchange.ptr(), tensor_type.ptr(), param_groups.ptr(), state.ptr(), slots,
-                                    grad_dtypes, address_function);
-           }),
-           py::arg("exchange"), py::arg("tensor_type"), py::arg("param_groups"), py::arg("state"), py::arg("slots"),
-           py::arg("grad_dtypes"), py::arg("address_function"))
-      .def(
-          "sweep",
-          [](TensorWatch& watch, const py::object& param_groups, const py::object& state) {
-            PyObject* result = watch.sweep(param_groups.ptr(), state.ptr());
-            if (result == nullptr) throw py::error_already_set();
-            return py::reinterpret_steal<py::object>(result);
-          },
-          py::arg("param_groups"), py::arg("state"),
-          "Writes every slot. None if anything but gradients' addresses changed, else (params, grads, odd).");
 }

@@ -87,8 +87,15 @@ def sass_kernels(text: str) -> dict[str, list[str]]:
 
 
 def sass_opcodes(text: str) -> list[str]:
-    """Opcodes with their modifiers, such as 'LDG.E.128', in order."""
-    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", text)
+    """Opcodes with their modifiers, such as 'LDG.E.128', in order.
+
+    A product with 2^23 or its negative, by which exact division and root shift an exponent, is 'IMAD.EXPONENT' here.
+    """
+    instruction = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;\n]*)"
+    return [
+        "IMAD.EXPONENT" if opcode == "IMAD" and "0x800000," in operands else opcode
+        for opcode, operands in re.findall(instruction, text)
+    ]
 
 
 def is_local_access(opcode: str) -> bool:

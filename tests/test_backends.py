@@ -273,8 +273,41 @@ except adamw_kernels.BackendUnavailableError as error:
     assert error.count(hint) == 1 and "triton: it needs a GPU" in error and error.endswith("[1.0, 1.0, 1.0]")
 
 
+WATCHED_STEP = """
+p = torch.nn.Parameter(torch.ones(3))
+p.grad = torch.ones(3)
+optimizer = FusedAdamW([p], lr=0.5)
+optimizer.step()
+optimizer.step()
+print("STEP", type(optimizer._internals.stepper.watch).__name__, p.tolist())
+"""
+
+
+def test_without_the_native_watch() -> None:
+    """Its twin takes over, with the same bits, and `describe` says why: it is not there, or is another torch's."""
+    missing = WITHOUT_NATIVE.replace("adamw_kernels._C", "adamw_kernels._tensor_watch")
+    other = """
+import types, sys
+sys.modules["adamw_kernels._tensor_watch"] = types.SimpleNamespace(torch_version="1.0")
+import torch
+import adamw_kernels
+from adamw_kernels import FusedAdamW
+"""
+    here = python("-c", f"import torch\nfrom adamw_kernels import FusedAdamW\n{WATCHED_STEP}")
+    assert here.returncode == 0, here.stderr
+    native, weights = here.stdout.split(" ", 2)[1:]
+    assert native == "TensorWatch"
+    for without, reason in ((missing, "cannot be imported"), (other, "was built for torch 1.0")):
+        result = python("-c", f"{without}adamw_kernels.describe()\n{WATCHED_STEP}")
+        assert (result.returncode, result.stderr) == (0, "")
+        *lines, step = result.stdout.splitlines()
+        assert step.split(" ", 2) == ["STEP", "PythonTensorWatch", weights.strip()]
+        (line,) = (line for line in lines if "tensor watch" in line)
+        assert reason in line and "pip install" in line
+
+
 def test_interpreted_triton_without_the_compiled_module() -> None:
-    """With TRITON_INTERPRET=1 Triton and the Python watch take over, with the same bits as the native path."""
+    """With TRITON_INTERPRET=1 Triton takes over, with the same bits as the native path."""
     steps = """
 p = torch.nn.Parameter(torch.linspace(-1, 1, 7))
 q = torch.nn.Parameter(torch.linspace(-3, 1, 6).bfloat16().view(2, 3).t())
@@ -293,7 +326,7 @@ values = [p.tolist(), q.tolist(), [[x.tolist() for x in state.values()] for stat
     exec(steps, here)
     assert here["used"] == ("cpu", "TensorWatch")
     used, values = result.stdout.splitlines()
-    assert used == "triton PythonTensorWatch"
+    assert used == "triton TensorWatch"
     assert values == repr(here["values"])
 
 

@@ -35,7 +35,7 @@ from pairs import (
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adamw_kernels import FusedAdamW, backends, tensor_watch
+from adamw_kernels import FusedAdamW, tensor_watch
 from adamw_kernels.tensor_watch import PythonTensorWatch
 
 # The interpreter computes with NumPy, which warns of what masked lanes hold.
@@ -49,9 +49,9 @@ SQUARES = ((3, 3), (4,), (2, 2), (5,))
 def watch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Force one implementation of the watch over tensors."""
     if request.param == "python":
-        monkeypatch.setattr(tensor_watch, "native_module", lambda: None)
-    elif backends.native_module() is None:
-        pytest.skip("the compiled module was not built")
+        monkeypatch.setattr(tensor_watch, "load_native", lambda: (None, "twin"))
+    elif tensor_watch.load_native()[0] is None:
+        pytest.skip(tensor_watch.load_native()[1])
     return request.param
 
 

@@ -287,11 +287,10 @@ def test_random_words_take_one_product_a_round(kernels: dict[str, Kernel], name:
     further = 16 if moment == "8bit" else 4 + 7 if rule == "sgdw" and param == moment == "float" else 4
     assert rounds <= products <= rounds + further
     if moment != "8bit":
-        # And an int8 remainder is multiplied up, for the weight and for the average. Three more are a chunk's index,
-        # and two, for float32 weights with 16-bit gradients on sm_80 and sm_90, are exponents shifted by products with
-        # 2^23 where the exact division and root scale their operands. Products of 64 bits would be two a round.
+        # And an int8 remainder is multiplied up, for the weight and for the average. Products of 64 bits would be two a
+        # round.
         others = 2 * elements if BYTES[param] == 2 else elements if for_moments else 0
-        assert parts <= 5 + others
+        assert parts <= 4 + others
 
 
 def test_contraction_would_be_noticed(tmp_path: Path) -> None:

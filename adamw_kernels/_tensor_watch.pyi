@@ -1,0 +1,18 @@
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+torch_version: str
+
+class TensorWatch:
+    def __init__(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: Mapping[Any, Any],
+        slots: Sequence[int],
+        grad_dtypes: Sequence[torch.dtype | None],
+    ) -> None: ...
+    def sweep(self, param_groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> tuple[int, ...] | None: ...
+    def bump_versions(self) -> None: ...
+    def release(self) -> None: ...
