@@ -72,7 +72,7 @@ sanitize: $(VENV)/.installed
 	rm -rf $(SANITIZED)/tests && cp -r tests pyproject.toml $(SANITIZED)/
 	cp adamw_kernels/*.py $(SANITIZED)/adamw_kernels/
 	cd $(SANITIZED) && ! $(SANITIZED_PYTHON) tests/sanitizer_canary.py 2>canary.log && grep -q heap-buffer-overflow canary.log
-	cd $(SANITIZED) && $(SANITIZED_PYTHON) -m pytest -q -k "cpu and not hypothesis" $(SANITIZED_TESTS)
+	cd $(SANITIZED) && $(SANITIZED_PYTHON) -m pytest -q -n 2 -k "cpu and not hypothesis" $(SANITIZED_TESTS)
 
 wheel: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheels .
