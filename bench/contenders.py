@@ -58,6 +58,7 @@ class Contender:
         distribution: The installed distribution it comes from.
         update_errors: By dtype of the weights, the error of an update relative to lr that its check allows instead of
             `check.TOLERANCES`: what its state's own rounding may do.
+        takes_dtensors: Not so where native code reads the address of a DTensor, which is 0, and ends the process.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Contender:
     is_ours: bool = False
     distribution: str = "torch"
     update_errors: tuple[tuple[torch.dtype, float], ...] = ()
+    takes_dtensors: bool = True
 
     def update_error(self, dtype: torch.dtype) -> float | None:
         """The entry of `update_errors`."""
@@ -88,6 +90,8 @@ class Contender:
 
     def why_not_step(self, weights: torch.Tensor) -> str | None:
         """Why it cannot step these zeros, or None if it just did."""
+        if hasattr(weights, "_local_tensor") and not self.takes_dtensors:
+            return "its native code reads the address of a DTensor, which is 0: the process would end"
         param = torch.nn.Parameter(weights)
         param.grad = torch.ones_like(param)
         try:
@@ -216,6 +220,7 @@ CONTENDERS: dict[str, Contender] = {
         ),
         Contender(
             name="deepspeed",
+            takes_dtensors=False,
             title="DeepSpeed FusedAdam",
             build=peer("deepspeed.ops.adam", "FusedAdam", adam_w_mode=True),
             devices=("cpu", "cuda"),
@@ -225,6 +230,7 @@ CONTENDERS: dict[str, Contender] = {
         ),
         Contender(
             name="deepspeed_cpu",
+            takes_dtensors=False,
             title="DeepSpeedCPUAdam",
             build=peer("deepspeed.ops.adam", "DeepSpeedCPUAdam", adamw_mode=True),
             devices=("cpu",),

@@ -76,9 +76,12 @@ class Bench:
         self.optimizer.step()
         self.seconds.setdefault(mode, []).append(time.perf_counter() - started)
 
-    def count_allocations(self) -> Allocations:
-        """What one step allocates."""
-        return allocations.of_call(self.optimizer.step, before=self.next_grads)
+    def count_allocations(self) -> Allocations | None:
+        """What one step allocates; None of a compiled optimizer, which torch does not run while it counts."""
+        try:
+            return allocations.of_call(self.optimizer.step, before=self.next_grads)
+        except RuntimeError:
+            return None
 
     def next_grads(self) -> None:
         """Hands over the next set of gradients."""
@@ -218,7 +221,7 @@ def sample_rounds(benches: list[Bench], mode: str, device: torch.device, seconds
 
 
 def rows_of(
-    series: list[Bench], mode: str, counted: dict[tuple[int, str], Allocations], others: Disturbance
+    series: list[Bench], mode: str, counted: dict[tuple[int, str], Allocations | None], others: Disturbance
 ) -> list[rows.Row]:
     """Rows of one contender in one mode: one per number of tensors, all with the same fit."""
     times = [spread(bench.seconds[mode]) for bench in series]
@@ -238,9 +241,9 @@ def rows_of(
             p80_us=time.p80 * 1e6,
             ns_per_tensor=slope * 1e9,
             fixed_us=intercept * 1e6,
-            allocations=counted[bench.tensors, bench.grads].buffers,
-            new_tensors=counted[bench.tensors, bench.grads].tensors,
-            allocated_bytes=counted[bench.tensors, bench.grads].bytes,
+            allocations=getattr(counted[bench.tensors, bench.grads], "buffers", None),
+            new_tensors=getattr(counted[bench.tensors, bench.grads], "tensors", None),
+            allocated_bytes=getattr(counted[bench.tensors, bench.grads], "bytes", None),
             other_cores=others.other_cores,
             clock_mhz=others.clock_mhz,
             memory_mhz=others.memory_mhz,

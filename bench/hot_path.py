@@ -63,7 +63,7 @@ INSTRUCTIONS: dict[tuple[str, str], Count] = {
         Count("tensors", "step", 110000, 91956),
         Count("tensors-moved", "tensor", 3450, 2943),
         Count("tensors-no-kernels", "tensor", 1150, 976),
-        Count("dtensors", "tensor", 2100, 1783),
+        Count("dtensors", "tensor", 1650, 1387),
         Count("groups", "tensor", 9100, 7732),
     )
 }

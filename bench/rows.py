@@ -132,7 +132,7 @@ class HostRow:
         p80_us: 80th percentile.
         ns_per_tensor: Slope of median_us over `tensors`, fitted over this contender's rows of the same mode.
         fixed_us: Intercept of that fit.
-        allocations: Buffers that torch's allocators handed out during one step.
+        allocations: Buffers that torch's allocators handed out during one step; empty where it cannot count.
         new_tensors: Tensors that dispatched operators returned during one step, in-place results not counted.
         allocated_bytes: Bytes of those buffers.
         other_cores: Cores that other processes kept busy during the rounds.
@@ -153,9 +153,9 @@ class HostRow:
     p80_us: float
     ns_per_tensor: float
     fixed_us: float
-    allocations: int
-    new_tensors: int
-    allocated_bytes: int
+    allocations: int | None
+    new_tensors: int | None
+    allocated_bytes: int | None
     other_cores: float | None
     clock_mhz: float | None
     memory_mhz: float | None

@@ -74,12 +74,16 @@ DispatchKeySet memory_keys(const TensorImpl* tensor) {
 // A step over thousands of tensors touches more memory than a cache holds: what is compared is fetched ahead. These
 // addresses are hints and never dereferenced.
 struct Hint {
-  const void* object = nullptr;
+  const void* object = nullptr;   // the tensor, and its implementation where that of a DTensor
+  const void* wrapper = nullptr;  // is only asked for its gradient
+  const void* local = nullptr;    // its shard, or the tensor itself
   const void* impl = nullptr;
   const void* storage = nullptr;
 
   void prefetch() const {
     __builtin_prefetch(object);
+    __builtin_prefetch(wrapper);
+    __builtin_prefetch(local);
     for (size_t byte = 0; byte < sizeof(TensorImpl); byte += 64) {
       __builtin_prefetch(static_cast<const char*>(impl) + byte);
     }
@@ -87,8 +91,10 @@ struct Hint {
   }
 };
 
-Hint hint_of(const PyObject* object, const TensorImpl* impl) {
-  return {object, impl, impl->has_storage() ? impl->unsafe_storage().unsafeGetStorageImpl() : nullptr};
+Hint hint_of(PyObject* object, PyObject* local) {
+  const TensorImpl* impl = impl_of(local);
+  return {object, impl_of(object), local, impl,
+          impl->has_storage() ? impl->unsafe_storage().unsafeGetStorageImpl() : nullptr};
 }
 
 // The entries of a small dict, where PyDict_Next reads them.
@@ -184,12 +190,13 @@ class TensorWatch {
   PyObject* local_of(PyObject* tensor, bool is_sharded) const;
   PyObject* spec_of(PyObject* tensor) const;
   PyObject* slot_of(PyObject* tensor, Py_ssize_t offset, PyObject* name) const;
-  bool find_grad(const Param& param, PyObject* object, at::Tensor* grad) const;
+  static const at::Tensor* find_grad(PyObject* name, const Param& param, PyObject* object, at::Tensor* read);
   bool is_sharded_alike(Param* param, PyObject* grad) const;
   bool has_sizes(const Param& param, const TensorImpl* tensor) const;
   bool has_same_memory(const Param& param, const TensorImpl* local) const;
   Grad compare(const Param& param, const TensorImpl* grad) const;
-  Grad read_grad(Param* param, PyObject* object, at::Tensor* grad) const;
+  Grad read_grad(Param* param, PyObject* object, const at::Tensor& grad);
+  Grad write_address(Param* param, const TensorImpl* grad, Hint hint) const;
   bool params_unchanged(PyObject* param_groups, std::vector<int64_t>* odd);
   bool state_unchanged(PyObject* state) const;
 
@@ -204,7 +211,8 @@ class TensorWatch {
   std::vector<StateEntry> state_;
   std::vector<StateItem> state_items_;
   std::vector<PyObject*> held_params_;  // owned, between sweep() and release()
-  std::vector<at::Tensor> held_grads_;
+  std::vector<PyObject*> held_shards_;  // owned, of gradients that are DTensors
+  std::vector<at::Tensor> held_grads_;  // the others
   PyObject* str_grad_;
   PyObject* str_params_;
   PyObject* str_local_tensor_;
@@ -266,6 +274,7 @@ TensorWatch::TensorWatch(PyObject* param_groups, PyObject* state, const std::vec
     snapshot_params(param_groups, slots, grad_dtypes);
     snapshot_state(state);
     held_params_.reserve(params_.size());
+    held_shards_.reserve(params_.size());
     held_grads_.reserve(params_.size());
   } catch (...) {
     drop();  // a destructor does not run for an object that was never finished
@@ -312,7 +321,7 @@ void TensorWatch::snapshot_memory(Param* param) {
   if (!local) throw std::invalid_argument("a DTensor whose shard is no plain tensor");
   TensorImpl* impl = impl_of(local.get());
   if (impl->layout() != c10::kStrided || !impl->has_storage()) throw std::invalid_argument("a tensor without memory");
-  param->hint = hint_of(param->object, impl);
+  param->hint = hint_of(param->object, local.get());
   param->autograd_hint = impl_of(param->object)->autograd_meta();
   param->place = place_of(impl);
   param->keys = impl->key_set();
@@ -352,7 +361,7 @@ void TensorWatch::snapshot_state(PyObject* state) {
       const bool is_readable = found->second->slot > 0;
       const Place place = is_readable ? place_of(impl) : Place{};
       state_items_.push_back({WeakTensor(THPVariable_Unpack(item).getIntrusivePtr()), Py_NewRef(name),
-                              hint_of(item, impl), place, impl->dtype(), is_sharded, is_readable});
+                              hint_of(item, local.get()), place, impl->dtype(), is_sharded, is_readable});
     }
     entry.end = state_items_.size();
     state_.push_back(entry);
@@ -376,10 +385,12 @@ void TensorWatch::drop() {
 
 void TensorWatch::release() {
   // What they refer to may be freed here, which may run anybody's code, and even come here again.
-  while (!held_params_.empty()) {
-    PyObject* object = held_params_.back();
-    held_params_.pop_back();
-    Py_DECREF(object);
+  for (std::vector<PyObject*>* held : {&held_params_, &held_shards_}) {
+    while (!held->empty()) {
+      PyObject* object = held->back();
+      held->pop_back();
+      Py_DECREF(object);
+    }
   }
   while (!held_grads_.empty()) {
     const at::Tensor grad = std::move(held_grads_.back());
@@ -389,18 +400,15 @@ void TensorWatch::release() {
 
 // --- what is compared ------------------------------------------------------------------------------------------------
 
-// A parameter's .grad; undefined where there is none. False where it cannot be read or is no tensor.
-bool TensorWatch::find_grad(const Param& param, PyObject* object, at::Tensor* grad) const {
-  if (param.plain_grad) {
-    *grad = impl_of(object)->grad();
-    return true;
-  }
-  const Ref value(PyObject_GetAttr(object, str_grad_));
-  if (!value) return false;
-  if (value.get() == Py_None) return true;
-  if (!THPVariable_Check(value.get())) return false;
-  *grad = THPVariable_Unpack(value.get());
-  return true;
+// A parameter's .grad, undefined where there is none; nullptr where it cannot be read or is no tensor. What a property
+// of that name answers is kept in `read`. No other is copied: where only Python holds a tensor, that costs more than
+// all the rest, since torch then counts the reference there.
+const at::Tensor* TensorWatch::find_grad(PyObject* name, const Param& param, PyObject* object, at::Tensor* read) {
+  if (param.plain_grad) return &impl_of(object)->grad();
+  const Ref value(PyObject_GetAttr(object, name));
+  if (!value || (value.get() != Py_None && !THPVariable_Check(value.get()))) return nullptr;
+  if (value.get() != Py_None) *read = THPVariable_Unpack(value.get());
+  return read;
 }
 
 // Whether a DTensor's gradient lies on the same mesh in the same placements. Backward, under FSDP2 for one, gives every
@@ -462,20 +470,26 @@ TensorWatch::Grad TensorWatch::compare(const Param& param, const TensorImpl* gra
   return Grad::kFits;
 }
 
-// Writes the slot if the gradient fits; `grad` becomes the tensor whose memory it is.
-TensorWatch::Grad TensorWatch::read_grad(Param* param, PyObject* object, at::Tensor* grad) const {
-  if (param->spec != nullptr) {
-    const Ref wrapper(THPVariable_Wrap(*grad));
-    if (!wrapper) return Grad::kChanged;
-    if (Py_TYPE(wrapper.get()) != Py_TYPE(object) || !is_sharded_alike(param, wrapper.get())) return Grad::kNeedsPython;
-    const Ref local(local_of(wrapper.get(), true));
-    if (!local) return Grad::kNeedsPython;
-    *grad = THPVariable_Unpack(local.get());
+// Writes the slot if the gradient fits, and holds the tensor whose memory it is.
+TensorWatch::Grad TensorWatch::read_grad(Param* param, PyObject* object, const at::Tensor& grad) {
+  TensorImpl* impl = grad.unsafeGetTensorImpl();
+  if (param->spec == nullptr) {
+    held_grads_.push_back(grad);
+    return write_address(param, impl, {});
   }
-  const TensorImpl* impl = grad->unsafeGetTensorImpl();
-  const Grad result = compare(*param, impl);
+  const Ref wrapper(THPVariable_Wrap(grad));
+  if (!wrapper) return Grad::kChanged;
+  if (Py_TYPE(wrapper.get()) != Py_TYPE(object) || !is_sharded_alike(param, wrapper.get())) return Grad::kNeedsPython;
+  PyObject* local = local_of(wrapper.get(), true);
+  if (local == nullptr) return Grad::kNeedsPython;
+  held_shards_.push_back(local);
+  return write_address(param, impl_of(local), {wrapper.get(), impl, local, nullptr, nullptr});
+}
+
+TensorWatch::Grad TensorWatch::write_address(Param* param, const TensorImpl* grad, Hint hint) const {
+  const Grad result = compare(*param, grad);
   if (result != Grad::kFits) return result;
-  const Place place = place_of(impl);
+  const Place place = place_of(grad);
   auto* slot = reinterpret_cast<int64_t*>(param->slot);
   if (place.numel == 0) {
     *slot = kEmptyGradient;
@@ -483,7 +497,9 @@ TensorWatch::Grad TensorWatch::read_grad(Param* param, PyObject* object, at::Ten
   }
   if (place.storage == nullptr) return Grad::kChanged;  // was released
   *slot = reinterpret_cast<int64_t>(place.storage + place.offset * param->grad_itemsize);
-  param->grad_hint = {nullptr, impl, impl->unsafe_storage().unsafeGetStorageImpl()};
+  hint.impl = grad;
+  hint.storage = grad->unsafe_storage().unsafeGetStorageImpl();
+  param->grad_hint = hint;
   return result;
 }
 
@@ -508,9 +524,10 @@ bool TensorWatch::params_unchanged(PyObject* param_groups, std::vector<int64_t>*
       PyObject* object = PyList_GET_ITEM(list, i);
       if (object != param.object) return false;
       const Ref held(Py_NewRef(object));
-      at::Tensor grad;
-      if (!find_grad(param, object, &grad)) return false;
-      if (!grad.defined()) {
+      at::Tensor read;
+      const at::Tensor* grad = find_grad(str_grad_, param, object, &read);
+      if (grad == nullptr) return false;
+      if (!grad->defined()) {
         // Its address may change while it has no gradient: compared when the next one comes.
         if (param.slot > 0) *reinterpret_cast<int64_t*>(param.slot) = 0;
         if (param.slot < 0) odd->push_back(-1 - static_cast<int64_t>(index));
@@ -522,12 +539,11 @@ bool TensorWatch::params_unchanged(PyObject* param_groups, std::vector<int64_t>*
         const Ref local(local_of(object, param.spec != nullptr));
         if (!local || !has_same_memory(param, impl_of(local.get()))) return false;
         if (param.spec != nullptr && Ref(spec_of(object)).get() != param.spec) return false;
-        result = read_grad(&param, object, &grad);
+        result = read_grad(&param, object, *grad);
       }
       if (result == Grad::kChanged) return false;
       if (result == Grad::kNeedsPython) odd->push_back(static_cast<int64_t>(index));
       held_params_.push_back(Py_NewRef(object));
-      held_grads_.push_back(std::move(grad));
     }
   }
   return true;
