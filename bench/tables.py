@@ -225,7 +225,8 @@ def profile(folder: Path) -> str:
     """Where the instructions of a warm step go, with the gradients of the step before; whatever the machine."""
     found = rows.read(COUNTS, rows.ProfileRow)
     last = max((row["run"] for row in found), default="")
-    records = [row for row in found if row["run"] == last and row["grads"] == "same"]
+    records = [row for row in found if (row["run"], row["grads"]) == (last, "same")]
+    records = [row for row in records if row["instructions_per_tensor"] >= 1]  # others belong to the step
     body = [
         [f"`{row['function']}`", row["library"], f"{row['instructions_per_tensor']:.0f}", f"{row['share']:.1f} %"]
         for row in records
