@@ -25,7 +25,7 @@ Record = dict[str, Any]
 
 INK, QUIET, GRID = "#1f2328", "#656d76", "#e4e7eb"
 OUR_COLORS = ("#0b6bcb", "#c2410c")  # in the order of CONTENDERS: a machine has one or two of our backends
-PEER_COLORS = {BASELINE: "#8b949e", "torch_foreach": "#c9d1d9"}
+PEER_COLORS = {BASELINE: "#8b949e", "torch_foreach": "#c9d1d9", "deepspeed_cpu": "#57606a", "optimi": "#d8c9a3"}
 BAR = 0.8  # of the distance between bars
 DPI = 200
 SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
@@ -45,9 +45,9 @@ def draw(folder: Path) -> Path:
     if not records:
         raise NoRowsError(f"{folder / rows.ThroughputRow.file} has no rows; run `python -m bench throughput` first")
     large = [record for record in records if record["roof_gb_s"] is not None and record["dtype"] == "float32"]
-    bars = len({(row["contender"], row["dtype"]) for row in records if CONTENDERS[row["contender"]].is_ours})
-    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.08, rect=(0, 0.12, 1, 0.8))
-    figure = Figure(figsize=(11, 5 + 0.3 * bars), facecolor="white", layout=layout)
+    height = max(5.6, 1.9 + 0.17 * (len(speedups(records)) + len(present(records))))  # a line of text a bar
+    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.08, rect=(0, 0.67 / height, 1, 1 - 1.12 / height))
+    figure = Figure(figsize=(11, height), facecolor="white", layout=layout)
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
     draw_speedups(left, records)
@@ -65,10 +65,15 @@ def latest_runs(records: list[Record]) -> list[Record]:
     return rows.latest(kept, "case", "dtype", "contender")
 
 
+def speedups(records: list[Record]) -> list[Record]:
+    """What the left half shows: ours in each dtype, peers in float32."""
+    compared = [row for row in records if row["contender"] != BASELINE and row["speedup"] is not None]
+    return [row for row in compared if CONTENDERS[row["contender"]].is_ours or row["dtype"] == "float32"]
+
+
 def draw_speedups(axes: Axes, records: list[Record]) -> None:
     """One group of bars a case: ours in each dtype, then the peers in float32."""
-    shown = [row for row in records if row["contender"] != BASELINE and row["speedup"] is not None]
-    shown = [row for row in shown if CONTENDERS[row["contender"]].is_ours or row["dtype"] == "float32"]
+    shown = speedups(records)
     place, ticks = 0.0, {}
     for case in present(shown):
         group = [row for row in shown if row["case"] == case.name]
@@ -133,7 +138,7 @@ def draw_bandwidths(axes: Axes, records: list[Record]) -> None:
             axes.annotate(
                 f"{row['pct_roof']:.0f}%", (place, slow if inside else fast), ha="center",
                 va="top" if inside else "bottom", xytext=(0, -3 if inside else 3), textcoords="offset points",
-                fontsize=8 if len(group) < 4 else 6.5, zorder=5,
+                fontsize=8 if len(group) < 4 else 7, zorder=5, rotation=0 if len(group) < 4 else 90,
                 color="white" if inside else QUIET, fontweight="bold",
             )  # fmt: skip
             named.add(title)
@@ -143,6 +148,7 @@ def draw_bandwidths(axes: Axes, records: list[Record]) -> None:
     axes.set_ylim(0, 1.32 * max([row["roof_gb_s"] for row in records] + [row["gb_s"] for row in records], default=1))
     axes.legend(loc="upper left", ncols=2, frameon=False, fontsize=8.5, labelcolor=INK, handlelength=1.6)
     tidy(axes, "GB/s in fp32, and share of the measured roof", grid="y")
+    axes.tick_params(axis="x", labelsize=9 if len(ticks) < 4 else 7)
 
 
 def annotate(figure: Figure, records: list[Record]) -> None:
@@ -170,8 +176,8 @@ def write_around(figure: Figure, records: list[Record], title: str, lines: list[
     ]
     lines = [*lines, *disturbed(records), "  ·  ".join(fact for fact in facts if fact)]
     where = f"{title} on {newest['device']}{threads}"
-    figure.text(0.012, 0.975, where, fontsize=14, fontweight="bold", color=INK, va="top")
-    figure.text(0.012, 0.018, "\n".join(lines), fontsize=8, color=QUIET, va="bottom", linespacing=1.5)
+    figure.text(0.012, 1 - 0.14 / figure.get_figheight(), where, fontsize=14, fontweight="bold", color=INK, va="top")
+    figure.text(0.012, 0.1 / figure.get_figheight(), "\n".join(lines), fontsize=8, color=QUIET, va="bottom", linespacing=1.5)
 
 
 def rounds_of(records: list[Record]) -> str:
