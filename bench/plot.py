@@ -176,8 +176,9 @@ def write_around(figure: Figure, records: list[Record], title: str, lines: list[
     ]
     lines = [*lines, *disturbed(records), "  ·  ".join(fact for fact in facts if fact)]
     where = f"{title} on {newest['device']}{threads}"
-    figure.text(0.012, 1 - 0.14 / figure.get_figheight(), where, fontsize=14, fontweight="bold", color=INK, va="top")
-    figure.text(0.012, 0.1 / figure.get_figheight(), "\n".join(lines), fontsize=8, color=QUIET, va="bottom", linespacing=1.5)
+    inch = 1 / figure.get_figheight()
+    figure.text(0.012, 1 - 0.14 * inch, where, fontsize=14, fontweight="bold", color=INK, va="top")
+    figure.text(0.012, 0.1 * inch, "\n".join(lines), fontsize=8, color=QUIET, va="bottom", linespacing=1.5)
 
 
 def rounds_of(records: list[Record]) -> str:
