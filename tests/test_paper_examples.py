@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -236,7 +237,9 @@ def test_ctrl_c_with_processes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "examples.paper", "run", "--results", str(tmp_path), "--workers", "2"]
     grid = tmp_path / rows.GRID_FILE
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stderr=log, start_new_session=True)
+        # What started the tests may have them ignore Ctrl-C, as a shell's background jobs do; children inherit that.
+        heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+        process = subprocess.Popen(command, cwd=ROOT, stderr=log, start_new_session=True, preexec_fn=heed)
         try:
             deadline = time.monotonic() + 300
             while not (grid.exists() and len(rows.read(grid)) >= 3):
