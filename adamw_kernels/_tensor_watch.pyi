@@ -10,6 +10,7 @@ class TensorWatch:
         self,
         param_groups: list[dict[str, Any]],
         state: Mapping[Any, Any],
+        state_keys: Sequence[str],
         slots: Sequence[int],
         grad_dtypes: Sequence[torch.dtype | None],
     ) -> None: ...

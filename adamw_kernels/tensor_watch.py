@@ -1,9 +1,9 @@
 """The host's half of a warm step: read every gradient's address, and notice anything else that changed.
 
 The compiled module `_tensor_watch` does this natively (`csrc/tensor_watch.cpp`); the class here is its twin for
-machines without it, ten times slower. Neither keeps a tensor alive from step to step. State tensors are remembered by
-weak reference, parameters by identity: `torch.utils.swap_tensors` (`module.to()` of DTensors) refuses a tensor that has
-weak references. A new parameter at an old one's address finds no state there, or fits in all else that is compared.
+machines without it, several times slower. Neither keeps a tensor alive from step to step. State tensors are remembered
+by weak reference, parameters by identity: `torch.utils.swap_tensors` (`module.to()` of DTensors) refuses a tensor that
+has weak references. A new parameter at an old one's address finds no state there, or fits in all else that is compared.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
+# What a launch table may refer to of a parameter's state.
 STATE_KEYS = (
     "step",
     "exp_avg",
@@ -97,7 +98,7 @@ def watch_tensors(
     lists = all(isinstance(group["params"], list) for group in param_groups)  # what native code reads
     if native is not None and lists and isinstance(state, dict):
         try:
-            watch: TensorWatch = native.TensorWatch(param_groups, state, slots, grad_dtypes)
+            watch: TensorWatch = native.TensorWatch(param_groups, state, STATE_KEYS, slots, grad_dtypes)
             return watch
         except (ValueError, RuntimeError):
             pass  # a tensor whose memory cannot be read as torch reads its own

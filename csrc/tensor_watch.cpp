@@ -105,26 +105,17 @@ void prefetch_entries(const PyObject* dict, const void* keys) {
 
 constexpr size_t kAhead = 8;
 
-bool is_state_name(PyObject* name) {
-  if (!PyUnicode_Check(name)) return false;
-  for (const char* own :
-       {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "param_ema", "param_remainder", "param_remainder_8bit",
-        "exp_avg_code", "exp_avg_sq_code", "moment_groups", "exp_avg_sq_scale", "momentum_buffer"}) {
-    if (PyUnicode_CompareWithASCIIString(name, own) == 0) return true;
-  }
-  return false;
-}
-
 // Empty tensors have no address, yet a gradient of no elements is a gradient: any non-zero number stands for it.
 constexpr int64_t kEmptyGradient = 16;
 
 class TensorWatch {
  public:
+  // `state_keys`: a tuple of the names under which a table may refer to a tensor of the state.
   // `slots[i]`: where the address of parameter i's gradient goes; 0: the parameter has no row in any table;
   // -1: it has one, but Python reads it (complex).
   // `grad_dtypes[i]`: the torch.dtype that the table expects of its gradient, or None.
   // Throws std::invalid_argument when a tensor cannot be read.
-  TensorWatch(PyObject* param_groups, PyObject* state, const std::vector<int64_t>& slots,
+  TensorWatch(PyObject* param_groups, PyObject* state, PyObject* state_keys, const std::vector<int64_t>& slots,
               const std::vector<PyObject*>& grad_dtypes);
   ~TensorWatch();
   TensorWatch(const TensorWatch&) = delete;
@@ -184,7 +175,7 @@ class TensorWatch {
   void snapshot_params(PyObject* param_groups, const std::vector<int64_t>& slots,
                        const std::vector<PyObject*>& grad_dtypes);
   void snapshot_memory(Param* param);
-  void snapshot_state(PyObject* state);
+  void snapshot_state(PyObject* state, PyObject* state_keys);
   void learn(PyTypeObject* dtensor_type);
   void drop();
   PyObject* local_of(PyObject* tensor, bool is_sharded) const;
@@ -259,8 +250,8 @@ void TensorWatch::learn(PyTypeObject* dtensor_type) {
 
 // --- what is remembered ----------------------------------------------------------------------------------------------
 
-TensorWatch::TensorWatch(PyObject* param_groups, PyObject* state, const std::vector<int64_t>& slots,
-                         const std::vector<PyObject*>& grad_dtypes)
+TensorWatch::TensorWatch(PyObject* param_groups, PyObject* state, PyObject* state_keys,
+                         const std::vector<int64_t>& slots, const std::vector<PyObject*>& grad_dtypes)
     : str_grad_(PyUnicode_InternFromString("grad")),
       str_params_(PyUnicode_InternFromString("params")),
       str_local_tensor_(PyUnicode_InternFromString("_local_tensor")),
@@ -272,7 +263,7 @@ TensorWatch::TensorWatch(PyObject* param_groups, PyObject* state, const std::vec
     grad_descriptor_ = PyObject_GetAttr(THPVariableClass, str_grad_);
     if (grad_descriptor_ == nullptr) throw py::error_already_set();
     snapshot_params(param_groups, slots, grad_dtypes);
-    snapshot_state(state);
+    snapshot_state(state, state_keys);
     held_params_.reserve(params_.size());
     held_shards_.reserve(params_.size());
     held_grads_.reserve(params_.size());
@@ -336,7 +327,7 @@ void TensorWatch::snapshot_memory(Param* param) {
   layouts_.insert(layouts_.end(), strides.begin(), strides.end());
 }
 
-void TensorWatch::snapshot_state(PyObject* state) {
+void TensorWatch::snapshot_state(PyObject* state, PyObject* state_keys) {
   std::unordered_map<PyObject*, const Param*> by_object;
   for (const Param& param : params_) by_object[param.object] = &param;
   PyObject *key, *value;
@@ -353,7 +344,7 @@ void TensorWatch::snapshot_state(PyObject* state) {
     Py_ssize_t item_position = 0;
     while (entry.watched && PyDict_Next(value, &item_position, &name, &item)) {
       // None or a number under one of our names: not in use, or the table could not have been built.
-      if (!is_state_name(name) || !THPVariable_Check(item)) continue;
+      if (PySequence_Contains(state_keys, name) != 1 || !THPVariable_Check(item)) continue;
       const bool is_sharded = !THPVariable_CheckExact(item) && PyObject_HasAttr(item, str_local_tensor_) != 0;
       const Ref local(local_of(item, is_sharded));
       if (!local) throw std::invalid_argument("a state whose shard is no plain tensor");
@@ -614,13 +605,13 @@ PYBIND11_MODULE(_tensor_watch, m) {
   py::class_<TensorWatch>(m, "TensorWatch",
                           "Remembers every tensor as it is now; sweep() reads the gradients' addresses and tells "
                           "whether anything else changed.")
-      .def(py::init([](const py::list& param_groups, const py::dict& state, const std::vector<int64_t>& slots,
-                       const py::list& grad_dtypes) {
+      .def(py::init([](const py::list& param_groups, const py::dict& state, const py::tuple& state_keys,
+                       const std::vector<int64_t>& slots, const py::list& grad_dtypes) {
              std::vector<PyObject*> dtypes;
              for (const py::handle dtype : grad_dtypes) dtypes.push_back(dtype.ptr());
-             return new TensorWatch(param_groups.ptr(), state.ptr(), slots, dtypes);
+             return new TensorWatch(param_groups.ptr(), state.ptr(), state_keys.ptr(), slots, dtypes);
            }),
-           py::arg("param_groups"), py::arg("state"), py::arg("slots"), py::arg("grad_dtypes"))
+           py::arg("param_groups"), py::arg("state"), py::arg("state_keys"), py::arg("slots"), py::arg("grad_dtypes"))
       .def(
           "sweep",
           [](TensorWatch& watch, const py::object& param_groups, const py::object& state) {

@@ -42,21 +42,6 @@ COMBINATIONS: list[Combination] = [
     if (rule, moments) != ("sgdw", "8bit")
 ]
 
-# Where kernels are compiled with contraction too: the counterexample, what the tests must be able to see.
-CONTRACTED_TARGETS = ["sm_90", "gfx942"]
-
-
-def is_compiled(target: str, combination: Combination) -> bool:
-    """Whether it is compiled for this target: every one for sm_90, elsewhere those that training uses.
-
-    These are gradients of the weight's own dtype, float32 gradients of 16-bit weights, and bfloat16 ones of float32.
-    """
-    param, grad, _, _ = combination
-    usual = grad in (param, torch.bfloat16 if param == torch.float32 else torch.float32) and (
-        param != torch.float64 or grad == param
-    )
-    return usual or target == "sm_90"
-
 
 def kernel_name(param: torch.dtype, grad: torch.dtype, moments: str, rule: str) -> str:
     """What tests call the update kernel of a combination: 'adamw-float32-bfloat16-8bit'."""
@@ -153,12 +138,12 @@ def main(output: Path, targets: list[str]) -> None:
     for device, target in enumerate(targets):
         pretend_to_have(gpu_target(target), device)
         triton_kernels.COMPILE_OPTIONS = options
-        kernels = compile_all([one for one in COMBINATIONS if is_compiled(target, one)])
-        if target in CONTRACTED_TARGETS:
-            triton_kernels.COMPILE_OPTIONS = {"enable_fp_fusion": True}
-            plain = [(torch.float32, torch.float32, "float32", rule) for rule in ("adamw", "sgdw")]
-            for name, compiled in compile_all(plain).items():
-                kernels[f"contracted-{name}"] = compiled
+        kernels = compile_all(COMBINATIONS)
+        # The counterexample: what the tests must be able to see.
+        triton_kernels.COMPILE_OPTIONS = {"enable_fp_fusion": True}
+        plain = [(torch.float32, torch.float32, "float32", rule) for rule in ("adamw", "sgdw")]
+        for name, compiled in compile_all(plain).items():
+            kernels[f"contracted-{name}"] = compiled
         with tempfile.TemporaryDirectory() as folder:
             texts = {name: collect(kernel, Path(folder)) for name, kernel in kernels.items()}
         (output / f"{target}.json").write_text(json.dumps(texts))

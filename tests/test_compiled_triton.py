@@ -1,9 +1,8 @@
 """The Triton kernels as compiled for GPUs that need not be here: what the assembly says.
 
 Every kernel that the launcher launches (measure, sum_up, decide, prepare, and update for all dtype combinations and
-formats of the moments, under either rule) is compiled for sm_90 by `compile_triton.py`, and for sm_80, sm_100, sm_120
-and gfx942 all but combinations of dtypes that training does not use: all of all would take CI minutes more.
-Division and root are single instructions in PTX, `div.rn` and `sqrt.rn`; the assembler expands
+formats of the moments, under either rule) is compiled for sm_80, sm_90, sm_100, sm_120 and gfx942 by
+`compile_triton.py`. Division and root are single instructions in PTX, `div.rn` and `sqrt.rn`; the assembler expands
 them to sequences with FFMA inside that round correctly, so "no contraction" is asserted of PTX, where every product and
 sum must carry `.rn`: without it, ptxas may contract them.
 """
@@ -14,7 +13,6 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,8 +35,6 @@ import adamw_kernels
 from adamw_kernels.formats import MOMENT_FORMATS, PARAM_DTYPES, compute_dtype, grad_dtypes
 
 pytest.importorskip("triton", reason="compiling Triton kernels needs triton")
-
-import compile_triton  # noqa: E402
 
 from adamw_kernels import triton_kernels  # noqa: E402
 
@@ -72,18 +68,6 @@ RULES = {"adamw": {"mul", "add", "sub", "div", "sqrt"}, "sgdw": {"mul", "add", "
 KERNELS = [*SINGLE_KERNELS, *UPDATES]
 # Beside float64 nothing is rounded stochastically.
 UPDATES_OF_FLOAT32 = [name for name, (param, *_) in UPDATES.items() if compute_dtype(param) == torch.float32]
-
-
-def on_targets(fixture: str, targets: list[str], names: Iterable[str]) -> pytest.MarkDecorator:
-    """Parametrizes a test by target, whose kernels come through this fixture, and by what is compiled for it."""
-    pairs = [
-        (target, name)
-        for target in targets
-        for name in names
-        if name not in UPDATES or compile_triton.is_compiled(target, UPDATES[name])
-    ]
-    return pytest.mark.parametrize((fixture, "name"), pairs, indirect=[fixture])
-
 
 # Registers a thread, at most. Where a block is 128 threads, 48 registers let 10 blocks share a multiprocessor, 64 let
 # 8. With 96 they are 5, which have 80 KiB of loads under way at once (8 elements a thread of p, g, m and v, in
@@ -128,7 +112,7 @@ AMD_FUSED_WITHIN = {
 
 @pytest.fixture(scope="session")
 def compilations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """By target, what `compile_triton.py` writes: some minutes of compiling, in two processes."""
+    """By target, what `compile_triton.py` writes: three minutes of compiling, in two processes."""
     folder = tmp_path_factory.mktemp("triton")
     tests = Path(__file__).parent
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -222,17 +206,13 @@ def expected_accesses(kernel: str, warp_size: int, widest_load: int = 16) -> dic
 
 def test_every_kernel_was_compiled(compilations: dict[str, dict[str, Any]]) -> None:
     """On every target there is one update for each combination, one of the others, and the counterexamples."""
-    contracted = {
-        f"contracted-{name}" for name in [*SINGLE_KERNELS, *(f"{rule}-float32-float32-float32" for rule in RULES)]
-    }
+    updates = [f"{rule}-float32-float32-float32" for rule in RULES]
+    contracted = {f"contracted-{name}" for name in [*SINGLE_KERNELS, *updates]}
     for target, kernels in compilations.items():
-        expected = {name for name in UPDATES if compile_triton.is_compiled(target, UPDATES[name])}
-        expected |= contracted if target in compile_triton.CONTRACTED_TARGETS else set()
-        assert set(kernels) == expected.union(SINGLE_KERNELS), target
-    assert set(compilations["sm_90"]) == {*KERNELS, *contracted}
+        assert set(kernels) == {*KERNELS, *contracted}, target
 
 
-@on_targets("nvidia", NVIDIA, KERNELS)
+@pytest.mark.parametrize("name", KERNELS)
 def test_nothing_is_spilled(nvidia: dict[str, Any], name: str) -> None:
     """No kernel keeps anything in local memory: no stack, no spill."""
     kernel = NvidiaKernel(nvidia[name])
@@ -241,13 +221,13 @@ def test_nothing_is_spilled(nvidia: dict[str, Any], name: str) -> None:
     assert not [opcode for opcode in kernel.sass if is_local_access(opcode)]
 
 
-@on_targets("nvidia", NVIDIA, KERNELS)
+@pytest.mark.parametrize("name", KERNELS)
 def test_registers_stay_under_their_bound(nvidia: dict[str, Any], name: str) -> None:
     """A thread takes no more registers than MAX_REGISTERS grants."""
     assert NvidiaKernel(nvidia[name]).resources["REG"] <= bound_of(name, MAX_REGISTERS)
 
 
-@on_targets("nvidia", NVIDIA, UPDATES)
+@pytest.mark.parametrize("name", UPDATES)
 def test_aligned_path_moves_whole_vectors(nvidia: dict[str, Any], name: str) -> None:
     """On full blocks every operand moves the same elements at a time, in PTX and still in SASS.
 
@@ -267,7 +247,7 @@ def test_aligned_path_moves_whole_vectors(nvidia: dict[str, Any], name: str) -> 
         assert sass_accesses(kernel.sass, "STG", num_bytes) >= stores
 
 
-@on_targets("nvidia", NVIDIA, UPDATES)
+@pytest.mark.parametrize("name", UPDATES)
 def test_update_uses_no_shared_memory(nvidia: dict[str, Any], name: str) -> None:
     """No shared memory, no barrier, as sum_up has them; threads exchange values only where moments are packed.
 
@@ -294,7 +274,7 @@ def test_measure_reads_full_rows_16_bytes_at_a_time(nvidia: dict[str, Any]) -> N
     assert sass_accesses(kernel.sass, "LDG") >= narrow + wide
 
 
-@on_targets("nvidia", NVIDIA, KERNELS)
+@pytest.mark.parametrize("name", KERNELS)
 def test_every_operation_is_rounded_once_to_nearest(nvidia: dict[str, Any], name: str) -> None:
     """PTX holds only `.rn` arithmetic: no fma, nothing that ptxas may contract, no flushing, no approximation."""
     kernel = NvidiaKernel(nvidia[name])
@@ -305,7 +285,6 @@ def test_every_operation_is_rounded_once_to_nearest(nvidia: dict[str, Any], name
     assert operations == expected
 
 
-@pytest.mark.parametrize("nvidia", ["sm_90"], indirect=True)
 def test_contraction_would_be_noticed(nvidia: dict[str, Any]) -> None:
     """With fusion allowed, the same checks find an fma in update and measure and contractible operations in prepare."""
     for name in (*(f"{rule}-float32-float32-float32" for rule in RULES), "measure"):
@@ -314,7 +293,7 @@ def test_contraction_would_be_noticed(nvidia: dict[str, Any]) -> None:
     assert "mul.f64" in outside_ieee(NvidiaKernel(nvidia["contracted-prepare"]).ptx)
 
 
-@on_targets("nvidia", NVIDIA, UPDATES_OF_FLOAT32)
+@pytest.mark.parametrize("name", UPDATES_OF_FLOAT32)
 def test_update_has_no_float64(nvidia: dict[str, Any], name: str) -> None:
     """Float64 belongs to the other kernels: update has none, in PTX or SASS, unless the parameter itself is float64."""
     kernel = NvidiaKernel(nvidia[name])
@@ -324,7 +303,7 @@ def test_update_has_no_float64(nvidia: dict[str, Any], name: str) -> None:
         assert [opcode for opcode in NvidiaKernel(nvidia[other]).sass if is_float64_arithmetic(opcode)], other
 
 
-@on_targets("nvidia", NVIDIA, UPDATES_OF_FLOAT32)
+@pytest.mark.parametrize("name", UPDATES_OF_FLOAT32)
 def test_random_words_take_one_product_a_round(nvidia: dict[str, Any], name: str) -> None:
     """A Philox round's 32 x 32 -> 64 bit product is one instruction, not the three of a product of 64-bit integers."""
     elements = elements_per_thread(name, 32)
@@ -354,7 +333,7 @@ def amd_fused_within_division_and_root(opcodes: list[str], width: str) -> int:
     )
 
 
-@on_targets("amd", AMD, KERNELS)
+@pytest.mark.parametrize("name", KERNELS)
 def test_amd_nothing_is_spilled_and_registers_are_few(amd: dict[str, Any], name: str) -> None:
     """No scratch memory, no spilled vector register, and no more of them than MAX_VECTOR_REGISTERS grants."""
     text = amd[name]["amdgcn"]
@@ -364,7 +343,7 @@ def test_amd_nothing_is_spilled_and_registers_are_few(amd: dict[str, Any], name:
     assert 0 < amd_metadata(text, "vgpr_count") <= bound_of(name, MAX_VECTOR_REGISTERS)
 
 
-@on_targets("amd", AMD, UPDATES)
+@pytest.mark.parametrize("name", UPDATES)
 def test_amd_aligned_path_moves_whole_vectors(amd: dict[str, Any], name: str) -> None:
     """On full blocks every operand moves the same elements at a time.
 
@@ -388,7 +367,7 @@ def test_amd_measure_reads_full_rows_at_once(amd: dict[str, Any]) -> None:
     assert counts["buffer_load_dwordx2"] >= 4  # bfloat16 1, float16 1
 
 
-@on_targets("amd", AMD, KERNELS)
+@pytest.mark.parametrize("name", KERNELS)
 def test_amd_fuses_only_within_division_and_root(amd: dict[str, Any], name: str) -> None:
     """Every fused multiply-add belongs to a correctly rounded division or root; subnormals are kept."""
     text = amd[name]["amdgcn"]
