@@ -569,7 +569,7 @@ def test_one_launch_a_combination(device: torch.device) -> None:
     groups = [group(narrow, "8bit"), group(narrow, "8bit", shape=SMALL), group(narrow, "float32", "split24")]
     assert launches(groups) == [(narrow, narrow, "float32"), (narrow, narrow, "8bit")]
     groups = [group(dtype, moments, weights) for dtype in (narrow, wide) for weights, moments in COMBINATIONS]
-    assert launches(groups) == [(dtype, dtype, moments) for dtype in (wide, narrow) for moments in MOMENT_FORMATS]
+    assert launches(groups) == [(dtype, dtype, moments) for moments in MOMENT_FORMATS for dtype in (wide, narrow)]
 
 
 def test_state_dict_keeps_the_options(device: torch.device) -> None:
