@@ -18,12 +18,37 @@ struct Chunk {
   int64_t end;
 };
 
+// Where a tensor's weights are read from and written to.
+template <typename Param>
+struct NativeWeights {
+  using P = Param;
+  P* p;
+  explicit NativeWeights(const TensorRow& row) : p(reinterpret_cast<P*>(row.param)) {}
+  ADAMW_HD typename compute_type<P>::type get(int64_t i) const { return load<typename compute_type<P>::type>(p + i); }
+  ADAMW_HD void set(int64_t i, typename compute_type<P>::type weight) const { store(p + i, weight); }
+};
+
+template <typename Param>
+struct Split32Weights {
+  using P = Param;
+  P* p;
+  int16_t* remainder;
+  explicit Split32Weights(const TensorRow& row)
+      : p(reinterpret_cast<P*>(row.param)), remainder(reinterpret_cast<int16_t*>(row.remainder)) {}
+  ADAMW_HD float get(int64_t i) const { return merge_weight<P>(p[i].bits, remainder[i]); }
+  ADAMW_HD void set(int64_t i, float weight) const {
+    const SplitWeight split = split_weight<P, split_of<P>::kBits>(weight, 0);
+    p[i].bits = split.weight;
+    remainder[i] = split.remainder;
+  }
+};
+
 // ivdep, not restrict: operands of one tensor never overlap across elements (the launch table refuses that), but a
 // gradient may be its parameter itself, which is read before the same element is written.
-template <bool kWithAmsgrad, bool kWithVariants, bool kWithBound, typename P, typename G>
+template <bool kWithAmsgrad, bool kWithVariants, bool kWithBound, typename Weights, typename G>
 void update_elements(const Chunk& chunk) {
-  using T = typename compute_type<P>::type;
-  P* p = reinterpret_cast<P*>(chunk.row->param);
+  using T = typename compute_type<typename Weights::P>::type;
+  const Weights p(*chunk.row);
   const G* g = reinterpret_cast<const G*>(chunk.grad);
   T* m = reinterpret_cast<T*>(chunk.row->exp_avg);
   T* v = reinterpret_cast<T*>(chunk.row->exp_avg_sq);
@@ -34,9 +59,9 @@ void update_elements(const Chunk& chunk) {
   for (int64_t i = chunk.begin; i < chunk.end; ++i) {
     // All loads before the first store: the four arrays often lie a multiple of 4 KiB apart, and a load behind a
     // store to the same offset in another page would wait for it.
-    T weight = load<T>(p + i), first = m[i], second = v[i], maximum = kWithAmsgrad ? v_max[i] : T(0);
+    T weight = p.get(i), first = m[i], second = v[i], maximum = kWithAmsgrad ? v_max[i] : T(0);
     adamw<kWithAmsgrad, kWithVariants, kWithBound>(weight, load<T>(g + i), first, second, maximum, c, flags);
-    store(p + i, weight);
+    p.set(i, weight);
     m[i] = first;
     v[i] = second;
     if (kWithAmsgrad) v_max[i] = maximum;
@@ -66,11 +91,26 @@ void update_chunk(const Chunk& chunk) {
   if (flags & kSgd) {
     return flags & kMomentum ? update_elements_of_sgd<true, P, G>(chunk) : update_elements_of_sgd<false, P, G>(chunk);
   }
+  using Weights = NativeWeights<P>;
   const bool varied = (flags & (kVariants | kBound)) != 0;
   if (flags & kAmsgrad) {
-    return varied ? update_elements<true, true, true, P, G>(chunk) : update_elements<true, false, false, P, G>(chunk);
+    return varied ? update_elements<true, true, true, Weights, G>(chunk)
+                  : update_elements<true, false, false, Weights, G>(chunk);
   }
-  return varied ? update_elements<false, true, true, P, G>(chunk) : update_elements<false, false, false, P, G>(chunk);
+  return varied ? update_elements<false, true, true, Weights, G>(chunk)
+                : update_elements<false, false, false, Weights, G>(chunk);
+}
+
+// What 16-bit weights are stored as by default: a pass of its own where nothing else is asked for, since by tiles it
+// waits for memory and computes in turn.
+bool is_plain_split32(int64_t flags) {
+  constexpr int64_t kElse = kSgd | kAmsgrad | kVariants | kBound | kEma | kFormatMask << kMomentFormatShift;
+  return format_of(flags, kParamFormatShift) == kSplit32 && (flags & kElse) == 0;
+}
+
+template <typename P, typename G>
+void update_chunk_of_split32(const Chunk& chunk) {
+  update_elements<false, false, false, Split32Weights<P>, G>(chunk);
 }
 
 // The moving average of elements whose weights have just been stored and still are in the cache.
@@ -112,6 +152,12 @@ constexpr UpdateChunk kUpdateChunk[kDtypes][kDtypes] = {
     {update_chunk<bf16, float>, update_chunk<bf16, bf16>, update_chunk<bf16, fp16>, nullptr},
     {update_chunk<fp16, float>, update_chunk<fp16, bf16>, update_chunk<fp16, fp16>, nullptr},
     {update_chunk<double, float>, update_chunk<double, bf16>, update_chunk<double, fp16>, update_chunk<double, double>},
+};
+
+// [bfloat16, float16][gradient dtype].
+constexpr UpdateChunk kUpdateChunkOfSplit32[2][kF64] = {
+    {update_chunk_of_split32<bf16, float>, update_chunk_of_split32<bf16, bf16>, update_chunk_of_split32<bf16, fp16>},
+    {update_chunk_of_split32<fp16, float>, update_chunk_of_split32<fp16, bf16>, update_chunk_of_split32<fp16, fp16>},
 };
 
 // [parameter dtype][bfloat16 average]. A float64 parameter has no bfloat16 average.
@@ -296,10 +342,11 @@ void update(const void* table_address, int64_t begin, int64_t end) {
     const ParamCopy copy = copies == nullptr ? ParamCopy{0, 0} : copies[tensor];
     const int64_t param_dtype = (row.flags >> kParamDtypeShift) & kDtypeMask;
     const int64_t grad_dtype = (row.flags >> kGradDtypeShift) & kDtypeMask;
-    const UpdateChunk update_tile = kUpdateChunk[param_dtype][grad_dtype];
+    const bool split32 = is_plain_split32(row.flags), packed = is_packed(row.flags) && !split32;
+    const UpdateChunk update_tile =
+        split32 ? kUpdateChunkOfSplit32[param_dtype == kF16][grad_dtype] : kUpdateChunk[param_dtype][grad_dtype];
     const UpdateChunk average_tile = kAverageChunk[param_dtype][(row.flags & kEmaBfloat16) != 0];
     const int64_t tile = (row.flags & kEma) || copy.address != 0 ? kAverageTile : last - first;
-    const bool packed = is_packed(row.flags);
     Chunk chunk;
     chunk.row = &row;
     chunk.grad = grads[tensor];
