@@ -56,7 +56,7 @@ INSTRUCTIONS: dict[tuple[str, str], Count] = {
         Count("float32+ema", "element", 4.9, 4.23),
         Count("float32/8bit", "element", 46, 40.26),
         Count("bfloat16-native/bfloat16", "element", 24, 20.94),
-        Count("bfloat16-split32/float32", "element", 12, 10.66),
+        Count("bfloat16-split32/float32", "element", 9.1, 7.89),
         Count("bfloat16-split24/8bit", "element", 52, 45.48),
         Count("bfloat16-stochastic/8bit", "element", 48, 41.84),
         Count("tensors", "tensor", 1450, 1237),
