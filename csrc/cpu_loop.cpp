@@ -104,7 +104,7 @@ void update_chunk(const Chunk& chunk) {
 // What 16-bit weights are stored as by default: a pass of its own where nothing else is asked for, since by tiles it
 // waits for memory and computes in turn.
 bool is_plain_split32(int64_t flags) {
-  constexpr int64_t kElse = kSgd | kAmsgrad | kVariants | kBound | kEma | kFormatMask << kMomentFormatShift;
+  constexpr int64_t kElse = kSgd | kAmsgrad | kVariants | kBound | kFormatMask << kMomentFormatShift;
   return format_of(flags, kParamFormatShift) == kSplit32 && (flags & kElse) == 0;
 }
 
@@ -114,19 +114,19 @@ void update_chunk_of_split32(const Chunk& chunk) {
 }
 
 // The moving average of elements whose weights have just been stored and still are in the cache.
-template <typename P>
+template <typename Weights>
 void average_chunk(const Chunk& chunk) {
-  using T = typename compute_type<P>::type;
-  const P* p = reinterpret_cast<const P*>(chunk.row->param);
+  using T = typename compute_type<typename Weights::P>::type;
+  const Weights p(*chunk.row);
   T* ema = reinterpret_cast<T*>(chunk.row->ema);
   const T weight_of_new = static_cast<const Coefficients<T>*>(chunk.coefficients)->ema;
   ADAMW_VECTORIZE
-  for (int64_t i = chunk.begin; i < chunk.end; ++i) ema[i] = moving_average(ema[i], load<T>(p + i), weight_of_new);
+  for (int64_t i = chunk.begin; i < chunk.end; ++i) ema[i] = moving_average(ema[i], p.get(i), weight_of_new);
 }
 
-template <typename P>
+template <typename Weights>
 void average_chunk_in_bf16(const Chunk& chunk) {
-  const P* p = reinterpret_cast<const P*>(chunk.row->param);
+  const Weights p(*chunk.row);
   bf16* ema = reinterpret_cast<bf16*>(chunk.row->ema);
   const float weight_of_new = static_cast<const Coefficients<float>*>(chunk.coefficients)->ema;
   const int64_t first_element = chunk.row->first_element;
@@ -138,7 +138,7 @@ void average_chunk_in_bf16(const Chunk& chunk) {
     draw_words(key, first_element + begin, count, word0, word1);
     ADAMW_VECTORIZE
     for (int64_t i = 0; i < count; ++i) {
-      const float average = moving_average(load<float>(ema + begin + i), load<float>(p + begin + i), weight_of_new);
+      const float average = moving_average(load<float>(ema + begin + i), p.get(begin + i), weight_of_new);
       store_stochastic(ema + begin + i, average, RandomBits{word0[i], 0}.for_average());
     }
   }
@@ -154,7 +154,13 @@ constexpr UpdateChunk kUpdateChunk[kDtypes][kDtypes] = {
     {update_chunk<double, float>, update_chunk<double, bf16>, update_chunk<double, fp16>, update_chunk<double, double>},
 };
 
-// [bfloat16, float16][gradient dtype].
+// [bfloat16, float16][bfloat16 average]
+constexpr UpdateChunk kAverageChunkOfSplit32[2][2] = {
+    {average_chunk<Split32Weights<bf16>>, average_chunk_in_bf16<Split32Weights<bf16>>},
+    {average_chunk<Split32Weights<fp16>>, average_chunk_in_bf16<Split32Weights<fp16>>},
+};
+
+// [bfloat16, float16][gradient dtype]
 constexpr UpdateChunk kUpdateChunkOfSplit32[2][kF64] = {
     {update_chunk_of_split32<bf16, float>, update_chunk_of_split32<bf16, bf16>, update_chunk_of_split32<bf16, fp16>},
     {update_chunk_of_split32<fp16, float>, update_chunk_of_split32<fp16, bf16>, update_chunk_of_split32<fp16, fp16>},
@@ -162,10 +168,10 @@ constexpr UpdateChunk kUpdateChunkOfSplit32[2][kF64] = {
 
 // [parameter dtype][bfloat16 average]. A float64 parameter has no bfloat16 average.
 constexpr UpdateChunk kAverageChunk[kDtypes][2] = {
-    {average_chunk<float>, average_chunk_in_bf16<float>},
-    {average_chunk<bf16>, average_chunk_in_bf16<bf16>},
-    {average_chunk<fp16>, average_chunk_in_bf16<fp16>},
-    {average_chunk<double>, nullptr},
+    {average_chunk<NativeWeights<float>>, average_chunk_in_bf16<NativeWeights<float>>},
+    {average_chunk<NativeWeights<bf16>>, average_chunk_in_bf16<NativeWeights<bf16>>},
+    {average_chunk<NativeWeights<fp16>>, average_chunk_in_bf16<NativeWeights<fp16>>},
+    {average_chunk<NativeWeights<double>>, nullptr},
 };
 
 // Elements of an update after which their averages and copies follow: the weights are read again from the first-level
@@ -345,7 +351,9 @@ void update(const void* table_address, int64_t begin, int64_t end) {
     const bool split32 = is_plain_split32(row.flags), packed = is_packed(row.flags) && !split32;
     const UpdateChunk update_tile =
         split32 ? kUpdateChunkOfSplit32[param_dtype == kF16][grad_dtype] : kUpdateChunk[param_dtype][grad_dtype];
-    const UpdateChunk average_tile = kAverageChunk[param_dtype][(row.flags & kEmaBfloat16) != 0];
+    const bool narrow_ema = (row.flags & kEmaBfloat16) != 0;
+    const UpdateChunk average_tile =
+        split32 ? kAverageChunkOfSplit32[param_dtype == kF16][narrow_ema] : kAverageChunk[param_dtype][narrow_ema];
     const int64_t tile = (row.flags & kEma) || copy.address != 0 ? kAverageTile : last - first;
     Chunk chunk;
     chunk.row = &row;
