@@ -144,7 +144,8 @@ def draw_bandwidths(axes: Axes, records: list[Record]) -> None:
             named.add(title)
             place += 1
         place += 0.8
-    axes.set_xticks(list(ticks), list(ticks.values()))
+    slanted: dict[str, Any] = dict(rotation=60, ha="right", rotation_mode="anchor") if len(ticks) > 4 else {}
+    axes.set_xticks(list(ticks), list(ticks.values()), **slanted)
     axes.set_ylim(0, 1.32 * max([row["roof_gb_s"] for row in records] + [row["gb_s"] for row in records], default=1))
     axes.legend(loc="upper left", ncols=2, frameon=False, fontsize=8.5, labelcolor=INK, handlelength=1.6)
     tidy(axes, "GB/s in fp32, and share of the measured roof", grid="y")
