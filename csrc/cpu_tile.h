@@ -1,5 +1,6 @@
 // The update of tensors whose weights or moments are stored in a form that arithmetic does not have: a few hundred
-// elements at a time are unpacked into float32, updated, and packed again, all within the first-level cache.
+// elements at a time are unpacked into float32, updated, and packed again, all within the first-level cache. The most
+// usual of them, plain split32 with float32 moments, has a loop of its own in cpu_loop.cpp.
 //
 // Each stage is a loop of its own, which the compiler vectorises; a loop for every combination of formats would be a
 // hundred of them, and would not be vectorised where groups of sixteen meet.
