@@ -1,24 +1,28 @@
 """Compiles every Triton kernel that the launcher would launch, for GPUs that this machine need not have.
 
-    python tests/compile_triton.py FOLDER TARGET...
+    python tests/compile_triton.py FILE SHARE TARGET...
 
-A target is 'sm_90', say, or 'gfx942'; FOLDER/TARGET.json maps a kernel's name to what the compiler made of it: the
-opcodes of PTX and SASS and what a thread takes, or AMD's assembly as text.
+A target is 'sm_90', say, or 'gfx942', and SHARE is '0/2' or '1/2' for one half of the kernels or the other. FILE, in
+JSON, maps a target to a kernel's name to what the compiler made of it: the opcodes of PTX and SASS and what a thread
+takes, or AMD's assembly as text. All targets in one process share what does not depend on them.
 This runs in a process of its own because the test process may have Triton's interpreter switched on, which cannot be
 undone.
 """
 
 import json
+import re
 import sys
 import tempfile
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import triton
-from machine_code import disassemble, ptx_kernels, resources, sass_kernels
+from machine_code import machine_codes, ptx_kernels, resources, sass_of_codes
 from triton.backends.compiler import GPUTarget
+from triton_front_end import SharedFrontEnd
 
 from adamw_kernels import launch_table as layout
 from adamw_kernels import triton_kernels
@@ -58,14 +62,16 @@ def gpu_target(name: str) -> GPUTarget:
 class Recorder:
     """Stands in for a kernel: compiles what the launcher asks for and keeps the result."""
 
-    def __init__(self, kernel: Any) -> None:
-        """Keep the kernel; nothing is compiled yet."""
+    def __init__(self, kernel: Any, wanted: bool) -> None:
+        """Keep the kernel; nothing is compiled yet, and nothing ever unless it is wanted."""
         self.kernel = kernel
+        self.wanted = wanted
         self.compiled: list[Any] = []
 
     def warmup(self, *arguments: Any, **options: Any) -> None:
         """Compile."""
-        self.compiled.append(self.kernel.warmup(*arguments, **options))
+        if self.wanted:
+            self.compiled.append(self.kernel.warmup(*arguments, **options))
 
 
 def launch_table(combinations: list[Combination]) -> LaunchTable:
@@ -92,11 +98,11 @@ def launch_table(combinations: list[Combination]) -> LaunchTable:
     return LaunchTable(CPU, specs, 1, backend, backend.chunk_size, domains=[NormDomain()], measured=True)
 
 
-def compile_all(combinations: list[Combination]) -> dict[str, Any]:
-    """What the launcher compiles for a table of these combinations, by name."""
+def compile_all(combinations: list[Combination], singles: Collection[str] = SINGLE_KERNELS) -> dict[str, Any]:
+    """What the launcher compiles for a table of these combinations, by name; of the single kernels, only `singles`."""
     table = launch_table(combinations)
     originals = {name: getattr(triton_kernels, f"{name}_kernel") for name in [*SINGLE_KERNELS, "update"]}
-    recorders = {name: Recorder(kernel) for name, kernel in originals.items()}
+    recorders = {name: Recorder(kernel, name == "update" or name in singles) for name, kernel in originals.items()}
     try:
         for name, recorder in recorders.items():
             setattr(triton_kernels, f"{name}_kernel", recorder)
@@ -104,50 +110,86 @@ def compile_all(combinations: list[Combination]) -> dict[str, Any]:
     finally:
         for name, kernel in originals.items():
             setattr(triton_kernels, f"{name}_kernel", kernel)
-    names = SINGLE_KERNELS + [
+    names = [name for name in SINGLE_KERNELS if name in singles] + [
         kernel_name(batch.param_dtype, batch.grad_dtype, batch.moment_format, batch.rule) for batch in table.batches
     ]
     compiled = [kernel for recorder in recorders.values() for kernel in recorder.compiled]
     return dict(zip(names, compiled, strict=True))
 
 
-def pretend_to_have(target: GPUTarget, device: int) -> None:
-    """Make Triton compile for a GPU, to be known by this device index; launching on it would fail."""
+def pretend_to_have(target: GPUTarget, device: int, asked: Callable[[], None] = lambda: None) -> None:
+    """Make Triton compile for a GPU, to be known by this device index; launching on it would fail.
+
+    Args:
+        target: the GPU.
+        device: its index.
+        asked: is called whenever Triton, or a kernel, wants to know the GPU.
+    """
+
+    def current_target() -> GPUTarget:
+        asked()
+        return target
+
     driver = SimpleNamespace(
-        get_current_device=lambda: device, get_current_stream=lambda device: 0, get_current_target=lambda: target
+        get_current_device=lambda: device,
+        get_current_stream=lambda device: 0,
+        get_current_target=current_target,
     )
     triton.runtime.driver.set_active(driver)
 
 
-def collect(compiled: Any, folder: Path) -> dict[str, Any]:
-    """Everything that tests read about a compiled kernel."""
-    if "amdgcn" in compiled.asm:
-        return {"amdgcn": compiled.asm["amdgcn"]}
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    # There is one kernel in each.
-    (ptx,) = ptx_kernels(compiled.asm["ptx"]).values()
-    (sass,) = sass_kernels(disassemble(cubin)).values()
-    (taken,) = resources(cubin).values()
-    return {"ptx": ptx, "sass": sass, "resources": taken}
+def collect(compiled: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
+    """Everything that tests read about a target's compiled kernels."""
+    if all("amdgcn" in kernel.asm for kernel in compiled.values()):
+        return {name: {"amdgcn": kernel.asm["amdgcn"]} for name, kernel in compiled.items()}
+    found: dict[str, dict[str, Any]] = {}
+    codes = []
+    for name, kernel in compiled.items():
+        cubin = folder / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        # There is one kernel in each.
+        (ptx,) = ptx_kernels(kernel.asm["ptx"]).values()
+        (taken,) = resources(cubin).values()
+        (code,) = machine_codes(kernel.asm["cubin"]).values()
+        (architecture,) = set(re.findall(r"(?m)^\.target (sm_\w+)", kernel.asm["ptx"]))
+        found[name] = {"ptx": ptx, "resources": taken}
+        codes.append(code)
+    for name, sass in zip(found, sass_of_codes(codes, architecture, folder), strict=True):
+        found[name]["sass"] = sass
+    return found
 
 
-def main(output: Path, targets: list[str]) -> None:
-    """Compile for every target and write its JSON file."""
+# With contraction allowed, what the tests must be able to see: compiled beside the second share, the smaller one.
+PLAIN: list[Combination] = [(torch.float32, torch.float32, "float32", rule) for rule in ("adamw", "sgdw")]
+CONTRACTED = ["measure", "prepare"]
+
+
+def compile_share(first: int, step: int) -> dict[str, Any]:
+    """Every `step`-th update from the first; the single kernels with the first share, counterexamples with the last."""
+    kernels = compile_all(COMBINATIONS[first::step], SINGLE_KERNELS if first == 0 else [])
+    if first != step - 1:
+        return kernels
     options = triton_kernels.COMPILE_OPTIONS
-    for device, target in enumerate(targets):
-        pretend_to_have(gpu_target(target), device)
+    triton_kernels.COMPILE_OPTIONS = {"enable_fp_fusion": True}
+    try:
+        contracted = compile_all(PLAIN, CONTRACTED)
+    finally:
         triton_kernels.COMPILE_OPTIONS = options
-        kernels = compile_all(COMBINATIONS)
-        # The counterexample: what the tests must be able to see.
-        triton_kernels.COMPILE_OPTIONS = {"enable_fp_fusion": True}
-        plain = [(torch.float32, torch.float32, "float32", rule) for rule in ("adamw", "sgdw")]
-        for name, compiled in compile_all(plain).items():
-            kernels[f"contracted-{name}"] = compiled
-        with tempfile.TemporaryDirectory() as folder:
-            texts = {name: collect(kernel, Path(folder)) for name, kernel in kernels.items()}
-        (output / f"{target}.json").write_text(json.dumps(texts))
+    return kernels | {f"contracted-{name}": compiled for name, compiled in contracted.items()}
+
+
+def main(output: Path, share: str, targets: list[str]) -> None:
+    """Compile a share of the kernels for every target and write the JSON file."""
+    first, step = (int(number) for number in share.split("/"))
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        front_end = SharedFrontEnd(Path(folder))
+        with front_end.installed():
+            for device, target in enumerate(targets):
+                pretend_to_have(gpu_target(target), device, front_end.target_asked)
+                found[target] = collect(compile_share(first, step), Path(folder))
+    output.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
