@@ -5,7 +5,9 @@ so it is set here, before anything imports the kernels.
 """
 
 import dataclasses
+import gc
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -16,7 +18,22 @@ if not HAS_GPU:
 
 from adamw_kernels import backends, triton_kernels  # noqa: E402, F401  # now, whatever tests do to the variable later
 
+if not HAS_GPU and find_spec("triton") is not None:
+    import interpreter
+
+    interpreter.replace_once()
+    interpreter.look_up_dtypes_once()
+
 CPU = torch.device("cpu")
+
+
+def pytest_collection_finish() -> None:
+    """What there is by now, torch and ten thousand tests, stays: no garbage collection need look through it again.
+
+    Each took half a second, and to see what a step leaves behind, tests ask for dozens.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @dataclasses.dataclass(frozen=True)
