@@ -161,7 +161,6 @@ def collect(compiled: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]
 
 # With contraction allowed, what the tests must be able to see: compiled beside the second share, the smaller one.
 PLAIN: list[Combination] = [(torch.float32, torch.float32, "float32", rule) for rule in ("adamw", "sgdw")]
-CONTRACTED = ["measure", "prepare"]
 
 
 def compile_share(first: int, step: int) -> dict[str, Any]:
@@ -172,7 +171,7 @@ def compile_share(first: int, step: int) -> dict[str, Any]:
     options = triton_kernels.COMPILE_OPTIONS
     triton_kernels.COMPILE_OPTIONS = {"enable_fp_fusion": True}
     try:
-        contracted = compile_all(PLAIN, CONTRACTED)
+        contracted = compile_all(PLAIN)
     finally:
         triton_kernels.COMPILE_OPTIONS = options
     return kernels | {f"contracted-{name}": compiled for name, compiled in contracted.items()}
