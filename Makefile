@@ -68,7 +68,7 @@ sanitize: $(VENV)/.installed
 	cmake -S . -B $(SANITIZED)/build -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DADAMW_KERNELS_CUDA=OFF -DADAMW_KERNELS_WERROR=ON -DADAMW_KERNELS_SANITIZE=address,undefined \
 	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath $(SANITIZED))/adamw_kernels
-	cmake --build $(SANITIZED)/build --parallel
+	MAKEFLAGS= cmake --build $(SANITIZED)/build --parallel  # all cores, whatever make has been told
 	rm -rf $(SANITIZED)/tests && cp -r tests pyproject.toml $(SANITIZED)/
 	cp adamw_kernels/*.py $(SANITIZED)/adamw_kernels/
 	cd $(SANITIZED) && ! $(SANITIZED_PYTHON) tests/sanitizer_canary.py 2>canary.log && grep -q heap-buffer-overflow canary.log

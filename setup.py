@@ -35,9 +35,12 @@ class CMakeBuild(build_ext):
         # the two minutes that the CUDA kernels take, a change elsewhere costs none.
         self.tree = ROOT / "build" / f"cmake.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         self.tree.mkdir(parents=True, exist_ok=True)
+        # An option or a compiler of the last build must not linger, as with `--fresh`; that would remove objects, too.
+        (self.tree / "CMakeCache.txt").unlink(missing_ok=True)
+        for found in (self.tree / "CMakeFiles").glob("[0-9]*"):
+            shutil.rmtree(found)
         configure = [
             self.cmake,
-            "--fresh",  # an option of the last build must not linger in the cache
             "-S",
             str(ROOT),
             "-B",
