@@ -113,7 +113,7 @@ AMD_FUSED_WITHIN = {
 
 @pytest.fixture(scope="session")
 def compilations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """By target, what `compile_triton.py` writes: two minutes and a half of compiling, in two processes."""
+    """By target, what `compile_triton.py` writes: three minutes and a half of compiling, in two processes."""
     folder = tmp_path_factory.mktemp("triton")
     tests = Path(__file__).parent
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
