@@ -22,6 +22,7 @@ from adamw_kernels.param_copies import ParamCopies
 from adamw_kernels.rules import INITIAL_LRS, LR_WHEN_ADDED, initial_lr_of
 from adamw_kernels.sharding import is_flat_shard
 from adamw_kernels.state import Formats, check_formats, packed
+from adamw_kernels.step_hooks import with_hooks
 from adamw_kernels.stepper import Options, Stepper, describe, param_name
 
 if TYPE_CHECKING:
@@ -225,6 +226,7 @@ class FusedOptimizer(Optimizer):
 
     # --- the step -------------------------------------------------------------------------------------------------
 
+    @with_hooks
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 

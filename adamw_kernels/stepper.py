@@ -53,7 +53,7 @@ from adamw_kernels.state import (
     remainder_in,
     state_dtypes,
 )
-from adamw_kernels.tensor_watch import ALWAYS_ODD, NO_ROW, TensorWatch, watch_tensors
+from adamw_kernels.tensor_watch import ALWAYS_ODD, NO_ROW, GroupGuard, TensorWatch, guard_groups, watch_tensors
 
 
 class Member(NamedTuple):
@@ -133,6 +133,7 @@ class Stepper:
         self._flat_shards = False
         self._copies: list[int] = []  # addresses of the options' copies then
         self._redistributed = False  # whether this step has placed gradients as their parameters are
+        self._guard: GroupGuard | None = None  # of groups whose options the plan holds; None: of none
         self._structure: list[Any] | None = None
         self._sizes: list[int] = []  # of the groups' dicts when the plan was built
         self._extended: list[bool] = []  # groups that had any of FURTHER_OPTIONS then
@@ -298,6 +299,11 @@ class Stepper:
         """Write the hyperparameters that changed; False if the plan's structure depends on one of them."""
         assert self.plan is not None
         rows = self.plan.hypers
+        if self._guard is not None and self._guard.are_unwritten(self.groups):
+            self._check_8bit_betas()
+            return rows.refresh()
+        self._guard, guard = None, self._guard or guard_groups()
+        guard.remember(self.groups)
         sizes = [*map(len, self.groups)]
         if sizes != self._sizes:  # one of our options was added, or something else (a schedule's initial_lr)
             if [*map(_is_extended, self.groups)] != self._extended:
@@ -306,11 +312,15 @@ class Stepper:
         hypers, structure = read_groups(self.groups, self._extended)
         if structure != self._structure or len(hypers) != len(rows.written):
             return False
-        for index in self._coded:
-            check_8bit_betas(self.groups[index], f"param_groups[{self.place[0] + index}]")
+        self._check_8bit_betas()
         if not all(map(operator.is_, hypers, rows.written)) and not rows.update(hypers):
             return False
+        self._guard = guard
         return rows.refresh()
+
+    def _check_8bit_betas(self) -> None:
+        for index in self._coded:
+            check_8bit_betas(self.groups[index], f"param_groups[{self.place[0] + index}]")
 
     @torch.no_grad()
     def _read_odd(self, odd: Sequence[int]) -> list[torch.Tensor] | None:
@@ -349,7 +359,7 @@ class Stepper:
     @torch.no_grad()
     def _build(self, *, signalled: bool) -> None:
         """Check everything, create missing state, and build the launch tables. No parameter is updated yet."""
-        self.plan = self.watch = None
+        self.plan = self.watch = self._guard = None
         sizes = [len(group) for group in self.groups]
         extended = [*map(_is_extended, self.groups)]
         for index, group in enumerate(self.groups, self.place[0]):

@@ -80,6 +80,34 @@ def load_native() -> tuple[ModuleType | None, str]:
     return native, ""
 
 
+class GroupGuard(Protocol):
+    """Tells whether an optimizer's groups were written since they were read."""
+
+    def remember(self, groups: list[dict[str, Any]]) -> None:
+        """Call it before they are read."""
+
+    def are_unwritten(self, groups: list[dict[str, Any]]) -> bool:
+        """Whether these are the same groups, and no option of theirs was written; what a tensor holds is no option."""
+
+
+class _NeverSure:
+    """A `GroupGuard` that always has groups read again: in Python, finding out would cost as much."""
+
+    def remember(self, groups: list[dict[str, Any]]) -> None:
+        """Nothing."""
+
+    def are_unwritten(self, groups: list[dict[str, Any]]) -> bool:
+        """No."""
+        return False
+
+
+def guard_groups() -> GroupGuard:
+    """One that remembers nothing yet."""
+    native, _ = load_native()
+    guard: GroupGuard = _NeverSure() if native is None else native.GroupGuard()
+    return guard
+
+
 def watch_tensors(
     param_groups: list[dict[str, Any]],
     state: Mapping[Any, Any],

@@ -1,0 +1,160 @@
+// The host's half of a warm step: read every gradient's address, and notice anything else that changed.
+//
+// A launch table holds raw addresses. They may be used again only while every parameter is the same object
+// at the same address with the same dtype and layout, and every state tensor too. A watch remembers all that
+// when the table is built, keeps no tensor's memory alive, and compares it on each step. State tensors are remembered
+// by weak reference, parameters by identity: torch.utils.swap_tensors (`module.to()` of DTensors) refuses a tensor
+// that has weak references. A new parameter at an old one's address finds no state there, or fits in all else.
+//
+// This is a module of its own because it is the only one that is compiled against torch: it reads tensors as torch's
+// own inlined accessors do, a few loads each, where every stable interface (DLPack, Tensor.data_ptr) costs hundreds of
+// instructions a tensor. It belongs to exactly the torch of its build, which it tells as `torch_version`; under any
+// other torch, `adamw_kernels/tensor_watch.py` holds the twin in Python.
+//
+// What a warm step costs on the host is mostly the cache lines that are touched here, which other work of the step
+// before has displaced: what is remembered of a tensor is kept small, sizes are remembered once for all tensors that
+// share them, and what is compared is fetched ahead.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "dict_guard.h"
+#include "dtensor_reader.h"
+#include "tensor_memory.h"
+
+namespace adamw_kernels {
+
+class TensorWatch {
+ public:
+  // `state_keys`: a tuple of the names under which a table may refer to a tensor of the state.
+  // `slots[i]`: where the address of parameter i's gradient goes; 0: the parameter has no row in any table;
+  // -1: it has one, but Python reads it (complex).
+  // `grad_dtypes[i]`: the torch.dtype that the table expects of its gradient, or None.
+  // Throws std::invalid_argument when a tensor cannot be read.
+  TensorWatch(PyObject* param_groups, PyObject* state, PyObject* state_keys, const std::vector<int64_t>& slots,
+              const std::vector<PyObject*>& grad_dtypes);
+  ~TensorWatch();
+  TensorWatch(const TensorWatch&) = delete;
+  TensorWatch& operator=(const TensorWatch&) = delete;
+
+  // Writes every slot: the gradient's address, or 0 where there is none. Returns None if anything but the
+  // gradients' addresses changed, else the positions that Python must look at (another layout or sharding, slot -1).
+  // Parameters that have a gradient, and the gradients, are held until release(). New reference; nullptr with a Python
+  // error set on failure.
+  PyObject* sweep(PyObject* param_groups, PyObject* state);
+
+  // Tells autograd that every parameter of the last sweep which has a gradient is written. Throws as torch does.
+  void bump_versions();
+
+  // Lets the tensors of the last sweep go.
+  void release();
+
+ private:
+  using TensorImpl = c10::TensorImpl;
+  using WeakTensor = c10::weak_intrusive_ptr<TensorImpl, c10::UndefinedTensorImpl>;
+
+  struct Sharding {                 // of a DTensor
+    PyObject* spec = nullptr;       // owned
+    PyObject* grad_spec = nullptr;  // owned: its last gradient's, which says the same
+    // Hints: the wrapper's implementation, which is only asked for its gradient, and the shard's object; of the
+    // gradient, besides, the wrapper itself.
+    const void* wrapper = nullptr;
+    const void* local = nullptr;
+    const void* grad_object = nullptr;
+    const void* grad_wrapper = nullptr;
+    const void* grad_local = nullptr;
+  };
+  struct Param {
+    PyObject* object = nullptr;  // borrowed, compared only
+    int64_t* slot = nullptr;     // nullptr where `has_slot` is false
+    Place place;
+    c10::DispatchKeySet keys;
+    // Hints: whose memory it is, and the last gradient's.
+    const void* impl = nullptr;
+    const void* storage = nullptr;
+    const void* autograd = nullptr;
+    const void* grad_impl = nullptr;
+    const void* grad_storage = nullptr;
+    std::unique_ptr<Sharding> sharding;  // nullptr where it is no DTensor
+    uint32_t layout = 0;                 // where its sizes and then its strides begin in layouts_
+    uint16_t ndim = 0;
+    uint8_t grad_itemsize = 0;
+    bool has_row : 1 = false;     // in a table
+    bool is_plain : 1 = false;    // a tensor with a slot whose type reads .grad as torch.Tensor does
+    bool plain_grad : 1 = false;  // its type does
+    bool is_empty : 1 = false;
+    caffe2::TypeMeta dtype;
+    caffe2::TypeMeta grad_dtype;
+    c10::Device device = c10::kCPU;
+  };
+  struct StateItem {  // one tensor of a parameter's state
+    // Keeps the implementation's address from being used anew, not the memory it points to.
+    WeakTensor impl;
+    PyObject* object;  // borrowed: looked into only where a dict is known to hold it
+    Place place;
+    int64_t numel;
+    const void* storage;  // a hint
+    caffe2::TypeMeta dtype;
+    bool is_sharded;   // a DTensor
+    bool is_readable;  // false where only the tensor's identity counts (complex)
+  };
+  struct StateEntry {
+    PyObject* key = nullptr;  // borrowed, compared only
+    bool watched = false;
+    size_t begin = 0, end = 0;  // its items in state_items_
+  };
+  struct Held {
+    PyObject* param;  // owned
+    // Hints: what counts its versions.
+    const void* impl;
+    const void* version;
+  };
+  enum class Grad { kFits, kNeedsPython, kChanged };
+
+  void snapshot_params(PyObject* param_groups, const std::vector<int64_t>& slots,
+                       const std::vector<PyObject*>& grad_dtypes);
+  using Layouts = std::map<std::vector<int64_t>, uint32_t>;  // where each begins in layouts_
+
+  void snapshot_memory(Param* param, Layouts* known);
+  uint32_t layout_of(const TensorImpl* impl, Layouts* known);
+  void snapshot_state(PyObject* state, PyObject* state_keys);
+  void guard_state(PyObject* state);
+  void hold(PyObject* param);
+  void drop();
+  static const at::Tensor* find_grad(PyObject* name, const Param& param, PyObject* object, at::Tensor* read);
+  static void prefetch_param(const Param& param);
+  bool is_sharded_alike(Sharding* sharding, PyObject* grad) const;
+  bool has_sizes(const Param& param, const TensorImpl* tensor) const;
+  bool has_strides(const Param& param, const TensorImpl* tensor) const;
+  bool has_same_memory(const Param& param, const TensorImpl* local) const;
+  Grad compare(const Param& param, const TensorImpl* grad) const;
+  Grad write_address(Param* param, const TensorImpl* grad) const;
+  Grad read_dtensor_grad(Param* param, PyObject* object, const at::Tensor& grad);
+  bool read_param(size_t index, PyObject* object, std::vector<int64_t>* odd);
+  bool params_unchanged(PyObject* param_groups, std::vector<int64_t>* odd);
+  bool item_unchanged(const StateItem& seen, PyObject* item) const;
+  bool state_unchanged(PyObject* state);
+  bool items_unchanged() const;
+  bool entries_unchanged(PyObject* state) const;
+
+  DTensorReader dtensors_;
+  PyObject* grad_descriptor_ = nullptr;  // owned
+  std::vector<int64_t> group_sizes_;
+  std::vector<Param> params_;
+  std::vector<int64_t> layouts_;
+  std::vector<StateEntry> state_;
+  std::vector<StateItem> state_items_;
+  std::vector<PyObject*> state_names_;  // owned, of each item
+  const PyObject* guarded_ = nullptr;   // the state that guard_ is of, compared only
+  DictGuard<DictsOf::kState> guard_;
+  std::vector<Held> held_params_;       // between sweep() and release()
+  std::vector<PyObject*> held_shards_;  // owned, of gradients that are DTensors
+  std::vector<at::Tensor> held_grads_;  // the others
+  Ref str_grad_{PyUnicode_InternFromString("grad")};
+  Ref str_params_{PyUnicode_InternFromString("params")};
+};
+
+}  // namespace adamw_kernels
