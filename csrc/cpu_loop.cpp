@@ -18,53 +18,202 @@ struct Chunk {
   int64_t end;
 };
 
-// Where a tensor's weights are read from and written to.
+// Into the cache, if there is such memory: what lies behind an operand's end is no harm.
+template <int64_t kCount, typename T>
+ADAMW_HD void prefetch_elements(const T* first) {
+  for (int64_t k = 0; k < kCount * static_cast<int64_t>(sizeof(T)); k += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(first) + k);
+  }
+}
+
+// Where a tensor's weights are read from and written to, and with how many random bits of an element's first word.
 template <typename Param>
 struct NativeWeights {
   using P = Param;
+  static constexpr bool kRandom = false;
   P* p;
   explicit NativeWeights(const TensorRow& row) : p(reinterpret_cast<P*>(row.param)) {}
   ADAMW_HD typename compute_type<P>::type get(int64_t i) const { return load<typename compute_type<P>::type>(p + i); }
-  ADAMW_HD void set(int64_t i, typename compute_type<P>::type weight) const { store(p + i, weight); }
-};
-
-template <typename Param>
-struct Split32Weights {
-  using P = Param;
-  P* p;
-  int16_t* remainder;
-  explicit Split32Weights(const TensorRow& row)
-      : p(reinterpret_cast<P*>(row.param)), remainder(reinterpret_cast<int16_t*>(row.remainder)) {}
-  ADAMW_HD float get(int64_t i) const { return merge_weight<P>(p[i].bits, remainder[i]); }
-  ADAMW_HD void set(int64_t i, float weight) const {
-    const SplitWeight split = split_weight<P, split_of<P>::kBits>(weight, 0);
-    p[i].bits = split.weight;
-    remainder[i] = split.remainder;
+  ADAMW_HD void set(int64_t i, typename compute_type<P>::type weight, uint32_t /*word0*/) const {
+    store(p + i, weight);
+  }
+  template <int64_t kCount>
+  ADAMW_HD void prefetch(int64_t i) const {
+    prefetch_elements<kCount>(p + i);
   }
 };
 
-// ivdep, not restrict: operands of one tensor never overlap across elements (the launch table refuses that), but a
-// gradient may be its parameter itself, which is read before the same element is written.
-template <bool kWithAmsgrad, bool kWithVariants, bool kWithBound, typename Weights, typename G>
-void update_elements(const Chunk& chunk) {
-  using T = typename compute_type<typename Weights::P>::type;
-  const Weights p(*chunk.row);
-  const G* g = reinterpret_cast<const G*>(chunk.grad);
-  T* m = reinterpret_cast<T*>(chunk.row->exp_avg);
-  T* v = reinterpret_cast<T*>(chunk.row->exp_avg_sq);
-  T* v_max = reinterpret_cast<T*>(chunk.row->max_exp_avg_sq);
-  const Coefficients<T> c = *static_cast<const Coefficients<T>*>(chunk.coefficients);
-  const int64_t flags = chunk.row->flags;
-  ADAMW_VECTORIZE
-  for (int64_t i = chunk.begin; i < chunk.end; ++i) {
-    // All loads before the first store: the four arrays often lie a multiple of 4 KiB apart, and a load behind a
-    // store to the same offset in another page would wait for it.
-    T weight = p.get(i), first = m[i], second = v[i], maximum = kWithAmsgrad ? v_max[i] : T(0);
-    adamw<kWithAmsgrad, kWithVariants, kWithBound>(weight, load<T>(g + i), first, second, maximum, c, flags);
-    p.set(i, weight);
+template <typename Param>
+struct StochasticWeights : NativeWeights<Param> {
+  static constexpr bool kRandom = true;
+  using NativeWeights<Param>::NativeWeights;
+  ADAMW_HD void set(int64_t i, float weight, uint32_t word0) const {
+    store_stochastic(this->p + i, weight, RandomBits{word0, 0}.for_weight());
+  }
+};
+
+// kKept: bits of the weight's magnitude that the remainder keeps.
+template <typename Param, typename Remainder, int kKept>
+struct SplitWeights {
+  using P = Param;
+  static constexpr bool kRandom = kKept < split_of<P>::kBits;
+  P* p;
+  Remainder* remainder;
+  explicit SplitWeights(const TensorRow& row)
+      : p(reinterpret_cast<P*>(row.param)), remainder(reinterpret_cast<Remainder*>(row.remainder)) {}
+  ADAMW_HD float get(int64_t i) const {
+    return merge_weight<P>(p[i].bits, static_cast<int32_t>(remainder[i]) * (1 << (split_of<P>::kBits - kKept)));
+  }
+  ADAMW_HD void set(int64_t i, float weight, uint32_t word0) const {
+    const SplitWeight split = split_weight<P, kKept>(weight, kRandom ? RandomBits{word0, 0}.for_weight() : 0u);
+    p[i].bits = split.weight;
+    remainder[i] = static_cast<Remainder>(split.remainder);
+  }
+  template <int64_t kCount>
+  ADAMW_HD void prefetch(int64_t i) const {
+    prefetch_elements<kCount>(p + i);
+    prefetch_elements<kCount>(remainder + i);
+  }
+};
+template <typename P>
+using Split24Weights = SplitWeights<P, int8_t, 8>;
+template <typename P>
+using Split32Weights = SplitWeights<P, int16_t, split_of<P>::kBits>;
+
+// And its moments, with those of the second word.
+template <typename T>
+struct WideMoments {
+  static constexpr bool kRandom = false;
+  T *m, *v;
+  explicit WideMoments(const TensorRow& row)
+      : m(reinterpret_cast<T*>(row.exp_avg)), v(reinterpret_cast<T*>(row.exp_avg_sq)) {}
+  ADAMW_HD T first(int64_t i) const { return m[i]; }
+  ADAMW_HD T second(int64_t i) const { return v[i]; }
+  ADAMW_HD void set(int64_t i, T first, T second, uint32_t /*word1*/) const {
     m[i] = first;
     v[i] = second;
-    if (kWithAmsgrad) v_max[i] = maximum;
+  }
+  template <int64_t kCount>
+  ADAMW_HD void prefetch(int64_t i) const {
+    prefetch_elements<kCount>(m + i);
+    prefetch_elements<kCount>(v + i);
+  }
+};
+
+struct Bf16Moments {
+  static constexpr bool kRandom = true;
+  bf16 *m, *v;
+  explicit Bf16Moments(const TensorRow& row)
+      : m(reinterpret_cast<bf16*>(row.exp_avg)), v(reinterpret_cast<bf16*>(row.exp_avg_sq)) {}
+  ADAMW_HD float first(int64_t i) const { return load<float>(m + i); }
+  ADAMW_HD float second(int64_t i) const { return load<float>(v + i); }
+  ADAMW_HD void set(int64_t i, float first, float second, uint32_t word1) const {
+    const RandomBits random = {0, word1};
+    store_stochastic(m + i, first, random.for_first_moment());
+    store_stochastic(v + i, second, random.for_second_moment());
+  }
+  template <int64_t kCount>
+  ADAMW_HD void prefetch(int64_t i) const {
+    prefetch_elements<kCount>(m + i);
+    prefetch_elements<kCount>(v + i);
+  }
+};
+
+// The rule's variants that a loop is compiled for; without one its code is left out.
+template <bool kWithAmsgrad, bool kWithVariants, bool kWithBound>
+struct Rule {
+  static constexpr bool kAmsgradToo = kWithAmsgrad;
+  template <typename T>
+  static ADAMW_HD void apply(T& p, T g, T& m, T& v, T& v_max, const Coefficients<T>& c, int64_t flags) {
+    adamw<kWithAmsgrad, kWithVariants, kWithBound>(p, g, m, v, v_max, c, flags);
+  }
+};
+using PlainRule = Rule<false, false, false>;
+using BoundedRule = Rule<false, false, true>;  // the bound is infinite where none is asked for
+
+// One tensor's operands and coefficients, read once: in a loop over blocks they stay in registers.
+template <typename TheRule, typename TheWeights, typename TheMoments, typename G>
+struct Update {
+  using T = typename compute_type<typename TheWeights::P>::type;
+  using Weights = TheWeights;
+  using Moments = TheMoments;
+  const Weights weights;
+  const Moments moments;
+  const G* const g;
+  T* const v_max;
+  const Coefficients<T> c;
+  const int64_t flags;
+
+  explicit Update(const Chunk& chunk)
+      : weights(*chunk.row),
+        moments(*chunk.row),
+        g(reinterpret_cast<const G*>(chunk.grad)),
+        v_max(reinterpret_cast<T*>(chunk.row->max_exp_avg_sq)),
+        c(*static_cast<const Coefficients<T>*>(chunk.coefficients)),
+        flags(chunk.row->flags) {}
+
+  // Elements [begin, end), whose random words, where any are used, begin at `word0` and `word1`.
+  //
+  // ivdep, not restrict: operands of one tensor never overlap across elements (the launch table refuses that), but a
+  // gradient may be its parameter itself, which is read before the same element is written.
+  ADAMW_HD void run(int64_t begin, int64_t end, const uint32_t* word0, const uint32_t* word1) const {
+    ADAMW_VECTORIZE
+    for (int64_t i = begin; i < end; ++i) {
+      // All loads before the first store: the four arrays often lie a multiple of 4 KiB apart, and a load behind a
+      // store to the same offset in another page would wait for it.
+      T weight = weights.get(i), first = moments.first(i), second = moments.second(i);
+      T maximum = TheRule::kAmsgradToo ? v_max[i] : T(0);
+      const uint32_t of_weight = Weights::kRandom ? word0[i - begin] : 0u;
+      const uint32_t of_moments = Moments::kRandom ? word1[i - begin] : 0u;
+      TheRule::apply(weight, load<T>(g + i), first, second, maximum, c, flags);
+      weights.set(i, weight, of_weight);
+      moments.set(i, first, second, of_moments);
+      if (TheRule::kAmsgradToo) v_max[i] = maximum;
+    }
+  }
+
+  template <int64_t kCount>
+  ADAMW_HD void prefetch(int64_t i) const {
+    weights.template prefetch<kCount>(i);
+    moments.template prefetch<kCount>(i);
+    prefetch_elements<kCount>(g + i);
+  }
+};
+
+template <typename TheRule, typename Weights, typename G>
+void update_wide(const Chunk& chunk) {
+  using T = typename compute_type<typename Weights::P>::type;
+  Update<TheRule, Weights, WideMoments<T>, G>(chunk).run(chunk.begin, chunk.end, nullptr, nullptr);
+}
+
+uint64_t key_of(const Chunk& chunk) {
+  uint64_t key;
+  memcpy(&key, static_cast<const char*>(chunk.coefficients) + kKeyOffset, sizeof(key));
+  return key;
+}
+
+// What is rounded stochastically. Words are drawn for few elements at a time, so that a core that looks some hundred
+// instructions ahead computes the next ones while it waits for these elements' roots and quotients; while it draws it
+// asks for no memory, so that is asked for ahead. Beside 512 elements at a time and nothing ahead: a seventh faster.
+constexpr int64_t kRounded = 64;
+constexpr int64_t kRoundedAhead = 512;
+static_assert(kRounded % kDrawn == 0, "draw_words() fills whole rounds");
+
+template <typename Weights, typename Moments, typename G>
+void update_rounded(const Chunk& chunk) {
+  const Update<BoundedRule, Weights, Moments, G> update(chunk);
+  const uint64_t key = key_of(chunk);
+  const int64_t first_element = chunk.row->first_element, whole = chunk.end - kRounded;
+  alignas(64) uint32_t word0[Weights::kRandom ? kRounded : 1], word1[Moments::kRandom ? kRounded : 1];
+  int64_t begin = chunk.begin;
+  for (; begin <= whole; begin += kRounded) {
+    update.template prefetch<kRounded>(begin + kRoundedAhead);
+    draw_words<Weights::kRandom, Moments::kRandom>(key, first_element + begin, kRounded, word0, word1);
+    update.run(begin, begin + kRounded, word0, word1);
+  }
+  if (begin < chunk.end) {
+    draw_words<Weights::kRandom, Moments::kRandom>(key, first_element + begin, chunk.end - begin, word0, word1);
+    update.run(begin, chunk.end, word0, word1);
   }
 }
 
@@ -94,27 +243,23 @@ void update_chunk(const Chunk& chunk) {
   using Weights = NativeWeights<P>;
   const bool varied = (flags & (kVariants | kBound)) != 0;
   if (flags & kAmsgrad) {
-    return varied ? update_elements<true, true, true, Weights, G>(chunk)
-                  : update_elements<true, false, false, Weights, G>(chunk);
+    return varied ? update_wide<Rule<true, true, true>, Weights, G>(chunk)
+                  : update_wide<Rule<true, false, false>, Weights, G>(chunk);
   }
-  return varied ? update_elements<false, true, true, Weights, G>(chunk)
-                : update_elements<false, false, false, Weights, G>(chunk);
+  return varied ? update_wide<Rule<false, true, true>, Weights, G>(chunk) : update_wide<PlainRule, Weights, G>(chunk);
 }
 
-// What 16-bit weights are stored as by default: a loop of its own where the rule has no variants, since by tiles it
-// waits for memory and computes in turn, in 1.5 times the time.
-bool is_plain_split32(int64_t flags) {
-  constexpr int64_t kElse = kSgd | kAmsgrad | kVariants | kBound | kFormatMask << kMomentFormatShift;
-  return format_of(flags, kParamFormatShift) == kSplit32 && (flags & kElse) == 0;
+// The plain rule, on what is stored in some packed form: one loop that reads, updates and writes. By tiles it waits for
+// memory and computes in turn, in up to 1.5 times the time.
+bool has_a_loop(int64_t flags) {
+  const int64_t moments = format_of(flags, kMomentFormatShift);
+  const bool is_exact = format_of(flags, kParamFormatShift) == kSplit32 && moments == kMomentsWide;
+  if (flags & (kSgd | kAmsgrad | kVariants | (is_exact ? kBound : 0))) return false;
+  return moments != kMoments8;
 }
 
 void update_chunk_by_tiles(const Chunk& chunk) {
   update_packed(*chunk.row, chunk.grad, reinterpret_cast<int64_t>(chunk.coefficients), chunk.begin, chunk.end);
-}
-
-template <typename P, typename G>
-void update_chunk_of_split32(const Chunk& chunk) {
-  update_elements<false, false, false, Split32Weights<P>, G>(chunk);
 }
 
 // The moving average of elements whose weights have just been stored and still are in the cache.
@@ -134,12 +279,11 @@ void average_chunk_in_bf16(const Chunk& chunk) {
   bf16* ema = reinterpret_cast<bf16*>(chunk.row->ema);
   const float weight_of_new = static_cast<const Coefficients<float>*>(chunk.coefficients)->ema;
   const int64_t first_element = chunk.row->first_element;
-  uint64_t key;
-  memcpy(&key, static_cast<const char*>(chunk.coefficients) + kKeyOffset, sizeof(key));
-  alignas(64) uint32_t word0[kTile], word1[kTile];
+  const uint64_t key = key_of(chunk);
+  alignas(64) uint32_t word0[kTile];
   for (int64_t begin = chunk.begin; begin < chunk.end; begin += kTile) {
     const int64_t count = begin + kTile < chunk.end ? kTile : chunk.end - begin;
-    draw_words(key, first_element + begin, count, word0, word1);
+    draw_words<true, false>(key, first_element + begin, count, word0, nullptr);
     ADAMW_VECTORIZE
     for (int64_t i = 0; i < count; ++i) {
       const float average = moving_average(load<float>(ema + begin + i), p.get(begin + i), weight_of_new);
@@ -158,11 +302,41 @@ constexpr UpdateChunk kUpdateChunk[kDtypes][kDtypes] = {
     {update_chunk<double, float>, update_chunk<double, bf16>, update_chunk<double, fp16>, update_chunk<double, double>},
 };
 
-// [bfloat16, float16][gradient dtype]
-constexpr UpdateChunk kUpdateChunkOfSplit32[2][kF64] = {
-    {update_chunk_of_split32<bf16, float>, update_chunk_of_split32<bf16, bf16>, update_chunk_of_split32<bf16, fp16>},
-    {update_chunk_of_split32<fp16, float>, update_chunk_of_split32<fp16, bf16>, update_chunk_of_split32<fp16, fp16>},
+// Of weights stored as they are in one dtype: [moments in bfloat16], gradients in the order of DtypeCode.
+struct Loops {
+  UpdateChunk update[2][kF64];
+  UpdateChunk average[2];  // [in bfloat16]
 };
+
+template <typename Weights>
+constexpr Loops loops_of(UpdateChunk beside_float32, UpdateChunk beside_bf16, UpdateChunk beside_fp16) {
+  return {{{beside_float32, beside_bf16, beside_fp16},
+           {update_rounded<Weights, Bf16Moments, float>, update_rounded<Weights, Bf16Moments, bf16>,
+            update_rounded<Weights, Bf16Moments, fp16>}},
+          {average_chunk<Weights>, average_chunk_in_bf16<Weights>}};
+}
+
+template <typename Weights>
+constexpr Loops loops_of_exact() {
+  return loops_of<Weights>(update_wide<PlainRule, Weights, float>, update_wide<PlainRule, Weights, bf16>,
+                           update_wide<PlainRule, Weights, fp16>);
+}
+
+template <typename Weights>
+constexpr Loops loops_of_rounded() {
+  using Moments = WideMoments<float>;
+  return loops_of<Weights>(update_rounded<Weights, Moments, float>, update_rounded<Weights, Moments, bf16>,
+                           update_rounded<Weights, Moments, fp16>);
+}
+
+// [bfloat16, float16][ParamFormat], and of float32, which has one format.
+constexpr Loops kLoops[2][4] = {
+    {loops_of_exact<NativeWeights<bf16>>(), loops_of_rounded<StochasticWeights<bf16>>(),
+     loops_of_rounded<Split24Weights<bf16>>(), loops_of_exact<Split32Weights<bf16>>()},
+    {loops_of_exact<NativeWeights<fp16>>(), loops_of_rounded<StochasticWeights<fp16>>(),
+     loops_of_rounded<Split24Weights<fp16>>(), loops_of_exact<Split32Weights<fp16>>()},
+};
+constexpr Loops kLoopsOfFloat32 = loops_of_exact<NativeWeights<float>>();
 
 // [parameter dtype][bfloat16 average]. A float64 parameter has no bfloat16 average.
 constexpr UpdateChunk kAverageChunk[kDtypes][2] = {
@@ -170,12 +344,6 @@ constexpr UpdateChunk kAverageChunk[kDtypes][2] = {
     {average_chunk<NativeWeights<bf16>>, average_chunk_in_bf16<NativeWeights<bf16>>},
     {average_chunk<NativeWeights<fp16>>, average_chunk_in_bf16<NativeWeights<fp16>>},
     {average_chunk<NativeWeights<double>>, nullptr},
-};
-
-// [bfloat16, float16][bfloat16 average]
-constexpr UpdateChunk kAverageChunkOfSplit32[2][2] = {
-    {average_chunk<Split32Weights<bf16>>, average_chunk_in_bf16<Split32Weights<bf16>>},
-    {average_chunk<Split32Weights<fp16>>, average_chunk_in_bf16<Split32Weights<fp16>>},
 };
 
 // How a chunk is updated, and what then averages its weights: nullptr where nothing does, or the update has done it.
@@ -188,12 +356,14 @@ Pass pass_of(int64_t flags) {
   const int64_t param_dtype = (flags >> kParamDtypeShift) & kDtypeMask;
   const int64_t grad_dtype = (flags >> kGradDtypeShift) & kDtypeMask;
   const bool averaged = (flags & kEma) != 0, in_bf16 = (flags & kEmaBfloat16) != 0;
-  if (is_plain_split32(flags)) {
-    const bool is_fp16 = param_dtype == kF16;
-    return {kUpdateChunkOfSplit32[is_fp16][grad_dtype], averaged ? kAverageChunkOfSplit32[is_fp16][in_bf16] : nullptr};
+  if (!is_packed(flags)) {
+    return {kUpdateChunk[param_dtype][grad_dtype], averaged ? kAverageChunk[param_dtype][in_bf16] : nullptr};
   }
-  if (is_packed(flags)) return {update_chunk_by_tiles, nullptr};
-  return {kUpdateChunk[param_dtype][grad_dtype], averaged ? kAverageChunk[param_dtype][in_bf16] : nullptr};
+  if (!has_a_loop(flags)) return {update_chunk_by_tiles, nullptr};
+  const Loops& loops =
+      param_dtype == kF32 ? kLoopsOfFloat32 : kLoops[param_dtype == kF16][format_of(flags, kParamFormatShift)];
+  const bool narrow = format_of(flags, kMomentFormatShift) == kMomentsBf16;
+  return {loops.update[narrow][grad_dtype], averaged ? loops.average[in_bf16] : nullptr};
 }
 
 // Elements of an update after which their averages and copies follow: the weights are read again from the first-level
@@ -344,7 +514,8 @@ void prepare(const void* table_address, int64_t begin, int64_t end) {
     } else {
       write_coefficients(reinterpret_cast<float*>(out), c);
     }
-    if (is_random(row.flags)) *reinterpret_cast<uint64_t*>(out + kKeyOffset) = random_key(row.random_stream, t);
+    if (uses_word0(row.flags) || uses_word1(row.flags))
+      *reinterpret_cast<uint64_t*>(out + kKeyOffset) = random_key(row.random_stream, t);
     if (row.scale != 0) {
       auto& scaling = *reinterpret_cast<Coefficients<float>*>(out);
       const double beta2 = hyper_value(hypers[row.hyper].beta2, (hypers[row.hyper].source >> 4) & 3);
