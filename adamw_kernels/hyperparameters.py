@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 import sys
 from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -92,30 +94,32 @@ class HyperparameterRows:
             ValueError: a value that `check_hyperparameters` refuses; then no row was written.
         """
         before = self.written
-        changed = [i for i, (new, old) in enumerate(zip(values, before, strict=True)) if new is not old]
-        if any((values[i] is None) != (before[i] is None) for i in changed):
-            return False
         fields = len(HYPERPARAMETERS)
         # A scheduler changes every group on every step: floats within their bounds are told at a glance.
-        unusual = [
-            i
-            for i in changed
-            if type(values[i]) is not float or not _LOW[i % fields] <= values[i] < _HIGH[i % fields]  # type: ignore[operator]
-        ]
-        for group in sorted({i // fields for i in unusual}):
+        changed = [*compress(range(len(values)), map(operator.is_not, values, before))]
+        unusual: set[int] = set()  # groups
+        rebinds = False
+        for i in changed:
+            value = values[i]
+            if value is None or before[i] is None:
+                return False
+            if type(value) is not float or not _LOW[i % fields] <= value < _HIGH[i % fields]:
+                unusual.add(i // fields)
+                rebinds = rebinds or isinstance(value, torch.Tensor)
+            rebinds = rebinds or type(before[i]) is not float and isinstance(before[i], torch.Tensor)
+        for group in sorted(unusual):
             check_hyperparameters(
                 Hyperparameters(*values[group * fields : (group + 1) * fields]),  # type: ignore[arg-type]
                 f"param_groups[{group}]",
             )
-        if any(isinstance(values[i], torch.Tensor) for i in unusual) or any(
-            isinstance(before[i], torch.Tensor) for i in changed
-        ):
+        if rebinds:
             self.write_all(values)
             return True
         self.written = [*values]
         for table in self._tables:
+            words = table.hyper_values
             for i in changed:
-                table.hyper_values[i // fields * WORDS_PER_HYPER_ROW + i % fields] = values[i]  # type: ignore[assignment]
+                words[i // fields * WORDS_PER_HYPER_ROW + i % fields] = values[i]  # type: ignore[assignment]
         return True
 
     def _bind(self, table: LaunchTable, position: int, value: torch.Tensor) -> int:

@@ -54,25 +54,27 @@ INSTRUCTIONS: dict[tuple[str, str], Count] = {
         Count("float32", "element", 3.6, 3.13),
         Count("float32+clip", "element", 5.3, 4.57),
         Count("float32+ema", "element", 4.9, 4.23),
-        Count("float32/8bit", "element", 46, 40.26),
-        Count("bfloat16-native/bfloat16", "element", 24, 20.94),
+        Count("float32/8bit", "element", 46, 40.5),
+        Count("bfloat16-native/bfloat16", "element", 21.3, 18.5),
         Count("bfloat16-split32/float32", "element", 9.1, 7.89),
-        Count("bfloat16-split24/8bit", "element", 52, 45.48),
-        Count("bfloat16-stochastic/8bit", "element", 48, 41.84),
-        Count("tensors", "tensor", 1450, 1237),
-        Count("tensors", "step", 110000, 91956),
-        Count("tensors-moved", "tensor", 3450, 2943),
-        Count("tensors-no-kernels", "tensor", 1150, 976),
-        Count("dtensors", "tensor", 1650, 1387),
-        Count("groups", "tensor", 9100, 7732),
+        Count("bfloat16-split24/8bit", "element", 54, 46.9),
+        Count("bfloat16-stochastic/8bit", "element", 49.5, 43.1),
+        Count("tensors", "tensor", 1000, 866),
+        Count("tensors", "step", 24000, 20600),
+        Count("tensors-moved", "tensor", 2950, 2571),
+        Count("tensors-no-kernels", "tensor", 690, 595),
+        Count("dtensors", "tensor", 1330, 1158),
+        Count("groups", "tensor", 1420, 1232),
+        Count("groups-scheduled", "tensor", 14600, 12630),
     )
 }
 OPCODES: dict[tuple[str, str], Count] = {
     (count.name, count.per): count
     for count in (
         Count("tensors", "tensor", 0, 0),
-        Count("tensors", "step", 1000, 831),
-        Count("groups", "tensor", 44, 35),
+        Count("tensors", "step", 520, 439),
+        Count("groups", "tensor", 0, 0),
+        Count("groups-scheduled", "tensor", 125, 108),
         Count("dtensors", "tensor", 0, 0),
     )
 }

@@ -12,6 +12,7 @@ name                            one call
 ``tensors-no-kernels N``        the same as ``tensors``, the kernels' launch replaced by nothing
 ``dtensors N``                  a step of N DTensors of one element, in a world of one process
 ``groups N``                    a step of N groups of one tensor of one element
+``groups-scheduled N``          the same with other learning rates than in the step before, as a schedule sets them
 ==============================  ========================================================================
 """
 
@@ -55,6 +56,8 @@ def build(name: str) -> Step:
     weights = [torch.full((ELEMENTS_OF_A_TENSOR,), 0.5) for _ in range(int(number))]
     if kind == "groups":
         return warm(optimizer(weights, groups=int(number)).step)
+    if kind == "groups-scheduled":
+        return warm(scheduled(optimizer(weights, groups=int(number))))
     if kind == "dtensors":
         weights = as_dtensors(weights)
     stepped = optimizer(weights)
@@ -95,6 +98,19 @@ def moving(stepped: FusedAdamW) -> Step:
     def step() -> None:
         for param, grad in zip(params, next(sets), strict=True):
             param.grad = grad
+        stepped.step()
+
+    return step
+
+
+def scheduled(stepped: FusedAdamW) -> Step:
+    """Steps at learning rates that change; setting them is part of the call."""
+    rates = itertools.cycle([1e-3, 1e-4])
+
+    def step() -> None:
+        rate = next(rates)
+        for group in stepped.param_groups:
+            group["lr"] = rate
         stepped.step()
 
     return step

@@ -52,9 +52,11 @@ class GroupGuard {
     PyObject *key, *value;
     Py_ssize_t position = 0;
     while (PyDict_Next(group, &position, &key, &value)) {
-      const bool is_params = PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, "params") == 0;
-      const bool is_names = PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, "param_names") == 0;
-      if (!is_params && !is_names && !is_constant(value)) return false;
+      if (is_constant(value)) continue;
+      const bool is_list_of_params =
+          PyUnicode_Check(key) && (PyUnicode_CompareWithASCIIString(key, "params") == 0 ||
+                                   PyUnicode_CompareWithASCIIString(key, "param_names") == 0);
+      if (!is_list_of_params) return false;
     }
     return true;
   }
