@@ -12,7 +12,8 @@ import torch
 from torch._compile import _disable_dynamo
 
 from adamw_kernels.functional import is_capturing
-from adamw_kernels.stepper import Stepper, param_name
+from adamw_kernels.groups import param_name
+from adamw_kernels.stepper import Stepper
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle

@@ -9,6 +9,7 @@ import torch
 
 from adamw_kernels.formats import REMAINDER_KEYS, remainder_dtype
 from adamw_kernels.functional import local_param, local_view
+from adamw_kernels.groups import param_name
 from adamw_kernels.options import FURTHER_OPTIONS, check_used_options
 from adamw_kernels.packing import merge_weight, split_weight
 from adamw_kernels.rules import LR_WHEN_ADDED, moment_keys, rule_of
@@ -28,7 +29,6 @@ from adamw_kernels.state import (
     remainder_in,
     unpacked,
 )
-from adamw_kernels.stepper import param_name
 from adamw_kernels.tensor_watch import same_layout
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer, StateDict
 
 from adamw_kernels.formats import remainder_dtype
 from adamw_kernels.functional import local_view
+from adamw_kernels.groups import param_name
 from adamw_kernels.options import FURTHER_OPTIONS, check_seed, check_used_options
 from adamw_kernels.rules import INITIAL_LRS, initial_lr_of, rule_of
 from adamw_kernels.state import (
@@ -24,7 +25,6 @@ from adamw_kernels.state import (
     remainder_in,
     unpacked,
 )
-from adamw_kernels.stepper import param_name
 
 if TYPE_CHECKING:
     from adamw_kernels.optimizer import FusedOptimizer

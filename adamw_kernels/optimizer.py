@@ -16,6 +16,7 @@ from adamw_kernels import backends, interchange
 from adamw_kernels.agreement import Agreement, compare
 from adamw_kernels.control import StepControl, Verdict
 from adamw_kernels.functional import is_capturing
+from adamw_kernels.groups import describe, param_name
 from adamw_kernels.loading import Loading
 from adamw_kernels.options import FURTHER_OPTIONS, WHOLE_OPTIONS, check_options, check_seed, check_skip_norm
 from adamw_kernels.param_copies import ParamCopies
@@ -23,7 +24,7 @@ from adamw_kernels.rules import INITIAL_LRS, LR_WHEN_ADDED, initial_lr_of
 from adamw_kernels.sharding import is_flat_shard
 from adamw_kernels.state import Formats, check_formats, packed
 from adamw_kernels.step_hooks import with_hooks
-from adamw_kernels.stepper import Options, Stepper, describe, param_name
+from adamw_kernels.stepper import Options, Stepper
 
 if TYPE_CHECKING:
     from adamw_kernels.gradient_release import GradientRelease

@@ -26,17 +26,17 @@ from adamw_kernels.functional import (
     chooser,
     dense_grad,
     grad_address,
-    local_grad,
     local_param,
     local_view,
 )
+from adamw_kernels.groups import describe, is_coded, is_extended, param_name, traits_of
 from adamw_kernels.hyperparameters import check_hyperparameters
 from adamw_kernels.launch_table import LaunchPlan, TensorSpec
 from adamw_kernels.options import FURTHER_OPTIONS, check_8bit_betas, check_seed
 from adamw_kernels.param_copies import ParamCopies
+from adamw_kernels.placement import is_misplaced, placed_grad, redistributed_grad
 from adamw_kernels.rules import group_hyperparameters, initial_lr_of, moment_keys, read_groups, rule_of
 from adamw_kernels.sharding import (
-    description,
     first_element,
     is_flat_shard,
     mesh_groups,
@@ -210,8 +210,8 @@ class Stepper:
         self._redistributed = True
         for p in (p for group in self.lists for p in group["params"]):
             with contextlib.suppress(Exception):  # the one that this process cannot redistribute, the others cannot
-                if p.grad is not None and _is_misplaced("", p):
-                    _redistributed_grad("", p)
+                if p.grad is not None and is_misplaced("", p):
+                    redistributed_grad("", p)
 
     def _agree(self) -> None:
         """Before anything is communicated for the first time, compare what processes hold."""
@@ -306,7 +306,7 @@ class Stepper:
         guard.remember(self.groups)
         sizes = [*map(len, self.groups)]
         if sizes != self._sizes:  # one of our options was added, or something else (a schedule's initial_lr)
-            if [*map(_is_extended, self.groups)] != self._extended:
+            if [*map(is_extended, self.groups)] != self._extended:
                 return False
             self._sizes = sizes
         hypers, structure = read_groups(self.groups, self._extended)
@@ -339,7 +339,7 @@ class Stepper:
                 if position < 0:  # has none
                     self.plan.write_grad(member.row, 0)
                     continue
-                local, grad = local_view(p), _local_grad(member.name, p)
+                local, grad = local_view(p), placed_grad(member.name, p)
                 if (local.dtype, grad.dtype) != (member.param_dtype, member.grad_dtype):
                     return None
                 if _addresses(local, self.state[p]) != member.addresses or grad.layout != torch.strided:
@@ -348,7 +348,7 @@ class Stepper:
                     return None
                 read.append((member, p, local))
             self._redistributed = True
-            kept = [dense_grad(local, _redistributed_grad(member.name, p)) for member, p, local in read]
+            kept = [dense_grad(local, redistributed_grad(member.name, p)) for member, p, local in read]
         for (member, _, _), grad in zip(read, kept, strict=True):
             self.plan.write_grad(member.row, grad_address(grad))
         return kept
@@ -361,10 +361,10 @@ class Stepper:
         """Check everything, create missing state, and build the launch tables. No parameter is updated yet."""
         self.plan = self.watch = self._guard = None
         sizes = [len(group) for group in self.groups]
-        extended = [*map(_is_extended, self.groups)]
+        extended = [*map(is_extended, self.groups)]
         for index, group in enumerate(self.groups, self.place[0]):
             check_hyperparameters(group_hyperparameters(group), f"param_groups[{index}]")
-            if _is_coded(group):
+            if is_coded(group):
                 check_8bit_betas(group, f"param_groups[{index}]")
                 self._refuse_flat_shards(index - self.place[0])
             if "seed" in group:
@@ -406,7 +406,7 @@ class Stepper:
         self.plan = plan
         self.members = members
         self._structure, self._sizes, self._extended = structure, sizes, extended
-        self._coded = [i for i, group in enumerate(self.groups) if _is_coded(group)]
+        self._coded = [i for i, group in enumerate(self.groups) if is_coded(group)]
         self._flat_shards = any(is_flat_shard(p) for group in self.lists for p in group["params"])
 
     def _refuse_flat_shards(self, group: int) -> None:
@@ -463,7 +463,7 @@ class Stepper:
         for name, group, p, _ in candidates.values():  # first all checks, then the first change
             if p.grad is not None:
                 local = local_param(name, p)
-                grad = _local_grad(name, p)
+                grad = placed_grad(name, p)
                 check_grad(name, local, grad)
                 stepped.append((name, local, grad))
                 check_adoptable(name, p, local, self.state.get(p, {}), rule_of(self.groups[group]))
@@ -477,7 +477,7 @@ class Stepper:
         members: dict[int, Member] = {}
         steps_seen: set[int] = set()
         options = [FURTHER_OPTIONS | group for group in self.groups]
-        traits = [_traits(of_group) for of_group in options]
+        traits = [traits_of(of_group) for of_group in options]
         for name, group, p, place in candidates.values():
             self.forget_recast(name, p)
             if p.grad is not None:
@@ -492,7 +492,7 @@ class Stepper:
                 name, len(specs), spec.param.dtype, spec.grad_dtype, _addresses(spec.param, self.state[p])
             )
             specs.append(spec)
-            grads.append(spec.param if p.grad is None else _local_grad(name, p))
+            grads.append(spec.param if p.grad is None else placed_grad(name, p))
         return specs, grads, members
 
     def _spec(
@@ -520,7 +520,7 @@ class Stepper:
         return TensorSpec(
             name=name,
             param=local,
-            grad_dtype=local.dtype if p.grad is None else _local_grad(name, p).dtype,
+            grad_dtype=local.dtype if p.grad is None else placed_grad(name, p).dtype,
             exp_avg=first,
             exp_avg_sq=second,
             max_exp_avg_sq=maximum[0] if maximum else None,
@@ -573,101 +573,6 @@ class Stepper:
         return domains
 
 
-# --- groups and names --------------------------------------------------------------------------------------
-
-
-def _traits(options: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `TensorSpec` that a group's options settle for all its parameters."""
-    return dict(
-        rule=rule_of(options),
-        nesterov=bool(options.get("nesterov")),
-        lr_in_momentum=bool(options["lr_in_momentum"]),
-        schedule_decay=options["decay_coupling"] == "schedule",
-        maximize=bool(options["maximize"]),
-        decoupled=bool(options["decoupled_weight_decay"]),
-        cautious=bool(options["cautious"]),
-        cautious_decay=bool(options["cautious_weight_decay"]),
-        clip=options["max_grad_norm"] is not None,
-        ema_warmup=options["ema_decay"] is not None and bool(options["ema_warmup"]),
-    )
-
-
-def describe(groups: list[dict[str, Any]], *, with_plain_tensors: bool = True) -> list[str]:
-    """A line a parameter, the same on every process that holds a part of it."""
-    return [
-        f"{param_name(group, index, i)}: {description(p)}"
-        for index, group in enumerate(groups)
-        for i, p in enumerate(group["params"])
-        if with_plain_tensors or hasattr(p, "placements")
-    ]
-
-
-def _is_extended(group: dict[str, Any]) -> bool:
-    """Whether the group has any of FURTHER_OPTIONS."""
-    return not FURTHER_OPTIONS.keys().isdisjoint(group)
-
-
-def _is_coded(group: dict[str, Any]) -> bool:
-    """Whether the group asks for moments of 8 bits."""
-    return group.get("moment_format") == "8bit" and rule_of(group) == "adamw"
-
-
-def param_name(group: dict[str, Any], group_index: int, index: int) -> str:
-    """The parameter's own name where the user gave names, else its place."""
-    names = group.get("param_names")
-    place = f"param_groups[{group_index}]['params'][{index}]"
-    return f"parameter {names[index]!r} ({place})" if names is not None else place
-
-
 def _addresses(local: torch.Tensor, state: dict[str, Any]) -> dict[str, int]:
     """Where a parameter and its state live; the user's own entries beside them are not ours to look at."""
     return {"param": local.data_ptr()} | {key: value.data_ptr() for key, value in local_state(state).items()}
-
-
-def _is_misplaced(name: str, p: torch.Tensor) -> bool:
-    """Whether a DTensor's gradient lies in other placements than the parameter, and must be redistributed.
-
-    Raises:
-        ValueError: it lies on another mesh, or only one of them is a DTensor.
-    """
-    grad: Any = p.grad
-    placements, of_grad = getattr(p, "placements", None), getattr(grad, "placements", None)
-    if (placements is None) != (of_grad is None):
-        kinds = [f"a {type(t).__name__}" if hasattr(t, "placements") else "a plain tensor" for t in (grad, p)]
-        raise ValueError(
-            f"the gradient of {name} is {kinds[0]}, the parameter {kinds[1]}; expected both as DTensors on one mesh or "
-            "neither. Distribute the gradient as the parameter is."
-        )
-    mesh = getattr(p, "device_mesh", None)
-    if placements is not None and grad.device_mesh != mesh:
-        raise ValueError(
-            f"the gradient of {name} lies on {grad.device_mesh}, the parameter on {mesh}; expected the same mesh. "
-            "If the model was moved to another mesh, drop the gradients of before (zero_grad())."
-        )
-    return bool(of_grad != placements)
-
-
-def _local_grad(name: str, p: torch.Tensor) -> torch.Tensor:
-    """The local, real memory of a parameter's gradient; communicates nothing.
-
-    In place of one that must be redistributed, something of the same dtype, device and local shape; like a gradient in
-    another memory layout, it will be read from a copy.
-
-    Raises:
-        ValueError: as `_is_misplaced`.
-    """
-    grad = p.grad
-    assert grad is not None
-    if not _is_misplaced(name, p):
-        return local_grad(grad)
-    local = local_view(p)
-    return local_grad(torch.empty((), dtype=grad.dtype, device=grad.device)).expand(local.shape)
-
-
-def _redistributed_grad(name: str, p: torch.Tensor) -> torch.Tensor:
-    """The local, real memory of a parameter's gradient, placed as the parameter is: a collective where it was not."""
-    grad: Any = p.grad
-    if _is_misplaced(name, p):
-        placed: Any = p
-        grad = grad.redistribute(placed.device_mesh, placed.placements)
-    return local_grad(grad)
