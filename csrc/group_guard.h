@@ -14,7 +14,8 @@ class GroupGuard {
   void remember(PyObject* groups) {
     guard_.clear();
     groups_.clear();
-    can_tell_ = true;
+    can_tell_ = PyList_Check(groups);
+    if (!can_tell_) return;
     for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
       PyObject* group = PyList_GET_ITEM(groups, g);
       can_tell_ = can_tell_ && PyDict_Check(group) && has_constants(group);

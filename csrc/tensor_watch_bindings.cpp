@@ -37,7 +37,7 @@ PYBIND11_MODULE(_tensor_watch, m) {
   py::class_<GroupGuard>(m, "GroupGuard", "Tells whether an optimizer's groups were written since they were read.")
       .def(py::init<>())
       .def(
-          "remember", [](GroupGuard& guard, const py::list& groups) { guard.remember(groups.ptr()); },
+          "remember", [](GroupGuard& guard, const py::object& groups) { guard.remember(groups.ptr()); },
           py::arg("groups"), "Before they are read.")
       .def(
           "are_unwritten",
