@@ -29,7 +29,9 @@ def is_replaced(function: Callable[..., Any]) -> bool:
 
 
 def replace_once() -> None:
-    """Leave out what has been replaced already."""
+    """Leave out what has been replaced already. Nothing under a Triton whose interpreter is of another make."""
+    if not {"_patch_lang", "_LangPatchScope"} <= vars(interpreter).keys():
+        return
     replace = interpreter._patch_lang
 
     @functools.wraps(replace)
@@ -40,7 +42,9 @@ def replace_once() -> None:
 
 
 def look_up_dtypes_once() -> None:
-    """Keep NumPy's dtype for one of Triton's, for which a table of all of them was made each time."""
+    """Keep NumPy's dtype for one of Triton's, for which a table of all of them was made each time. Likewise."""
+    if not hasattr(interpreter, "_get_np_dtype"):
+        return
     find = interpreter._get_np_dtype
     known = functools.cache(find)
 
