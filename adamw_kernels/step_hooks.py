@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from torch.compiler import is_compiling
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer
 
@@ -48,6 +49,7 @@ def with_hooks(step: StepT) -> StepT:
             or after_all
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
+            or is_compiling()  # which knows torch's own, and cannot look into a native function
             or is_recording()
         ):
             return as_torch(self, *args, **kwargs)
