@@ -152,9 +152,13 @@ void TensorWatch::snapshot_state(PyObject* state, PyObject* state_keys) {
       const c10::TensorImpl* impl = impl_of(local.get());
       const bool is_readable = found->second->slot != nullptr;
       state_items_.push_back({WeakTensor(THPVariable_Unpack(item).getIntrusivePtr()), item,
-                              is_readable ? place_of(impl) : Place{}, is_readable ? impl->numel() : 0,
+                              is_readable ? place_of(impl) : Place{}, is_readable ? impl->numel() : 0, impl,
                               impl->has_storage() ? storage_of(impl) : nullptr, impl->dtype(), is_sharded,
                               is_readable});
+      if (is_sharded) {
+        state_locals_.resize(state_items_.size());
+        state_locals_.back() = local.get();
+      }
       state_names_.push_back(Py_NewRef(name));
     }
     entry.end = state_items_.size();
@@ -396,8 +400,9 @@ bool TensorWatch::items_unchanged() const {
     if (k + 2 * kAhead < state_items_.size()) {
       const StateItem& later = state_items_[k + 2 * kAhead];
       prefetch(later.object);
-      prefetch_place(later.impl._unsafe_get_target());  // of a DTensor not what will be read, which few have
+      prefetch_place(later.memory);
       prefetch_storage(later.storage);
+      if (k + 2 * kAhead < state_locals_.size()) prefetch(state_locals_[k + 2 * kAhead]);
     }
     if (!item_unchanged(state_items_[k], state_items_[k].object)) return false;
   }

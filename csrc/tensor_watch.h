@@ -96,7 +96,9 @@ class TensorWatch {
     PyObject* object;  // borrowed: looked into only where a dict is known to hold it
     Place place;
     int64_t numel;
-    const void* storage;  // a hint
+    // Hints: whose memory it is.
+    const void* memory;
+    const void* storage;
     caffe2::TypeMeta dtype;
     bool is_sharded;   // a DTensor
     bool is_readable;  // false where only the tensor's identity counts (complex)
@@ -147,8 +149,9 @@ class TensorWatch {
   std::vector<int64_t> layouts_;
   std::vector<StateEntry> state_;
   std::vector<StateItem> state_items_;
-  std::vector<PyObject*> state_names_;  // owned, of each item
-  const PyObject* guarded_ = nullptr;   // the state that guard_ is of, compared only
+  std::vector<PyObject*> state_names_;     // owned, of each item
+  std::vector<const void*> state_locals_;  // hints: shards' objects, if any item is a DTensor
+  const PyObject* guarded_ = nullptr;      // the state that guard_ is of, compared only
   DictGuard<DictsOf::kState> guard_;
   std::vector<Held> held_params_;       // between sweep() and release()
   std::vector<PyObject*> held_shards_;  // owned, of gradients that are DTensors
