@@ -1,8 +1,8 @@
 """What torch wraps around every optimizer's step: hooks, and a profiler's range. Without either, the step alone.
 
 `torch.optim.Optimizer` replaces the `step` of each of its subclasses by one that opens a range for a profiler and runs
-hooks, unless that `step` says in `hooked` that it does so itself. Torch's costs 9 us a call, also where nobody listens:
-more than all the rest of a warm step in Python.
+hooks, unless that `step` says in `hooked` that it does so itself. Torch's takes most of what a warm step executes in
+Python, also where nobody listens (`bench/results/counts/hot_path.csv`, per step, before and after).
 """
 
 from __future__ import annotations

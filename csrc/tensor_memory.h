@@ -66,7 +66,7 @@ inline void prefetch(const void* object, size_t size) {
   prefetch(static_cast<const char*>(object) + size - 1);
 }
 
-// Of a storage, its address and whether it may be written come within the first line of its 64-byte head.
+// Of a storage, its address and whether it may be written lie in its first 64 bytes.
 inline void prefetch_storage(const void* storage) { prefetch(storage, 64); }
 
 // Of a tensor, only where it begins and of what dtype it is: the first words, and those behind sizes and strides.

@@ -435,9 +435,10 @@ bool TensorWatch::state_unchanged(PyObject* state) {
   if (state == guarded_ && guard_.is_unwritten()) return items_unchanged();
   if (!PyDict_Check(state)) return false;
   guard_state(state);
-  if (entries_unchanged(state)) return true;
-  guarded_ = nullptr;
-  return false;
+  guarded_ = nullptr;  // until all has been looked through, which may throw
+  if (!entries_unchanged(state)) return false;
+  guarded_ = state;
+  return true;
 }
 
 PyObject* TensorWatch::sweep(PyObject* param_groups, PyObject* state) {

@@ -69,7 +69,7 @@ class TensorWatch {
   };
   struct Param {
     PyObject* object = nullptr;  // borrowed, compared only
-    int64_t* slot = nullptr;     // nullptr where `has_slot` is false
+    int64_t* slot = nullptr;     // where its gradient's address goes, or nullptr
     Place place;
     c10::DispatchKeySet keys;
     // Hints: whose memory it is, and the last gradient's.
@@ -115,11 +115,10 @@ class TensorWatch {
     const void* version;
   };
   enum class Grad { kFits, kNeedsPython, kChanged };
+  using Layouts = std::map<std::vector<int64_t>, uint32_t>;  // where each begins in layouts_
 
   void snapshot_params(PyObject* param_groups, const std::vector<int64_t>& slots,
                        const std::vector<PyObject*>& grad_dtypes);
-  using Layouts = std::map<std::vector<int64_t>, uint32_t>;  // where each begins in layouts_
-
   void snapshot_memory(Param* param, Layouts* known);
   uint32_t layout_of(const TensorImpl* impl, Layouts* known);
   void snapshot_state(PyObject* state, PyObject* state_keys);

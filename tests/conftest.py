@@ -16,7 +16,7 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
-from adamw_kernels import backends, triton_kernels  # noqa: E402, F401  # now, whatever tests do to the variable later
+from adamw_kernels import backends, tensor_watch, triton_kernels  # noqa: E402, F401  # now, whatever tests do to the variable later
 
 if not HAS_GPU and find_spec("triton") is not None:
     import interpreter
@@ -39,6 +39,16 @@ def pytest_collection_finish() -> None:
 def pytest_unconfigure() -> None:
     """What was set aside is freed at the end as ever: Triton counts what it still finds then, and says so."""
     gc.unfreeze()
+
+
+@pytest.fixture(params=["native", "python"])
+def watch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Force one implementation of the watch over tensors."""
+    if request.param == "python":
+        monkeypatch.setattr(tensor_watch, "load_native", lambda: (None, "twin"))
+    elif tensor_watch.load_native()[0] is None:
+        pytest.skip(tensor_watch.load_native()[1])
+    return request.param
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,19 +13,11 @@ import pytest
 import torch
 from tolerances import TOLERANCES
 
-from adamw_kernels import FusedAdamW, tensor_watch
+from adamw_kernels import FusedAdamW
+
+pytestmark = pytest.mark.usefixtures("watch")
 
 HYPER: dict[str, Any] = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
-
-
-@pytest.fixture(params=["native", "python"], autouse=True)
-def watch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Force one implementation of the watch."""
-    if request.param == "python":
-        monkeypatch.setattr(tensor_watch, "load_native", lambda: (None, "twin"))
-    elif tensor_watch.load_native()[0] is None:
-        pytest.skip(tensor_watch.load_native()[1])
-    return request.param
 
 
 def make(cls: Any = FusedAdamW) -> Any:
@@ -34,6 +26,15 @@ def make(cls: Any = FusedAdamW) -> Any:
     for weight in weights:
         weight.grad = torch.linspace(-1, 1, 5, dtype=torch.float64)
     return cls([{"params": weights[:2]}, {"params": weights[2:]}], **HYPER)
+
+
+def warm_pair() -> tuple[Any, Any]:
+    """Ours and torch's after two steps."""
+    pair = make(), make(torch.optim.AdamW)
+    for opt in pair:
+        opt.step()
+        opt.step()
+    return pair
 
 
 def first(opt: Any) -> torch.Tensor:
@@ -81,10 +82,7 @@ WRITES: dict[str, tuple[bool, Callable[[Any], None]]] = {  # whether the plan mu
 @pytest.mark.parametrize("write", WRITES)
 def test_what_is_written_counts_from_the_next_step(write: str) -> None:
     """As under torch, and at the price of a new plan only where an address or a flag changed."""
-    ours, theirs = make(), make(torch.optim.AdamW)
-    for opt in (ours, theirs):
-        opt.step()
-        opt.step()
+    ours, theirs = warm_pair()
     plan = ours._internals.stepper.plan
     rebuilds, change = WRITES[write]
     for opt in (ours, theirs):
@@ -127,10 +125,7 @@ def test_a_tensor_among_the_hyperparameters_changed_in_place() -> None:
 
 def test_a_bad_value_is_refused_until_it_is_mended() -> None:
     """Reading it once, and raising, does not make it read."""
-    ours, theirs = make(), make(torch.optim.AdamW)
-    for opt in (ours, theirs):
-        opt.step()
-        opt.step()
+    ours, theirs = warm_pair()
     before = [p.detach().clone() for group in ours.param_groups for p in group["params"]]
     ours.param_groups[1]["lr"] = float("nan")
     for _ in range(3):
@@ -145,10 +140,7 @@ def test_a_bad_value_is_refused_until_it_is_mended() -> None:
 
 def test_other_optimizers_do_not_disturb() -> None:
     """Building, changing and dropping others between the steps of one leaves its plan alone."""
-    ours, theirs = make(), make(torch.optim.AdamW)
-    for opt in (ours, theirs):
-        opt.step()
-        opt.step()
+    ours, theirs = warm_pair()
     plan = ours._internals.stepper.plan
     for _ in range(3):
         other = make()
