@@ -41,6 +41,9 @@ EMPTY_GRADIENT = 16
 NO_ROW = 0
 ALWAYS_ODD = -1
 
+# Another of torch's threads is worth waking for about this many parameters (some 50 microseconds of looking at them).
+PARAMS_PER_THREAD = 512
+
 
 class TensorWatch(Protocol):
     """What both implementations offer."""
@@ -126,7 +129,9 @@ def watch_tensors(
     lists = all(isinstance(group["params"], list) for group in param_groups)  # what native code reads
     if native is not None and lists and isinstance(state, dict):
         try:
-            watch: TensorWatch = native.TensorWatch(param_groups, state, STATE_KEYS, slots, grad_dtypes)
+            watch: TensorWatch = native.TensorWatch(
+                param_groups, state, STATE_KEYS, slots, grad_dtypes, PARAMS_PER_THREAD
+            )
             return watch
         except (ValueError, RuntimeError):
             pass  # a tensor whose memory cannot be read as torch reads its own

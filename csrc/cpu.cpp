@@ -71,6 +71,10 @@ constexpr int64_t kElementsPerThread = 1 << 14;
 // Chunks a thread takes at a time: enough to amortise the shared counter when tensors are tiny.
 constexpr int64_t kMaxGrain = 16;
 
+// Up to this many elements in all, each thread gets the same share on every step instead: its cache still holds what it
+// wrote the step before, which is worth more than an even load.
+constexpr int64_t kCachedElements = 1 << 18;
+
 }  // namespace
 
 std::vector<CpuIsa> cpu_isas() {
@@ -88,8 +92,9 @@ void cpu_step(const void* table_address, int64_t stages, int isa, int num_thread
   };
 
   const auto* rows = reinterpret_cast<const TensorRow*>(table.rows);
+  const int64_t enough = std::max(num_threads * kElementsPerThread, kCachedElements + 1);
   int64_t elements = 0;
-  for (int64_t i = 0; i < table.num_tensors && elements < num_threads * kElementsPerThread; ++i) {
+  for (int64_t i = 0; i < table.num_tensors && elements < enough; ++i) {
     elements += rows[i].numel + 64;  // a tensor costs something even when it is tiny
   }
   int threads = static_cast<int>(std::min<int64_t>(num_threads, elements / kElementsPerThread));
@@ -119,9 +124,13 @@ void cpu_step(const void* table_address, int64_t stages, int isa, int num_thread
         const int64_t count = omp_get_num_threads(), self = omp_get_thread_num();
         loops.prepare(table_address, table.num_tensors * self / count, table.num_tensors * (self + 1) / count);
 #pragma omp barrier
+        if (elements <= kCachedElements) {
+          loops.update(table_address, table.num_chunks * self / count, table.num_chunks * (self + 1) / count);
+        } else {
 #pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t i = 0; i < grains; ++i) {
-          loops.update(table_address, i * grain, std::min(table.num_chunks, (i + 1) * grain));
+          for (int64_t i = 0; i < grains; ++i) {
+            loops.update(table_address, i * grain, std::min(table.num_chunks, (i + 1) * grain));
+          }
         }
       }
     }

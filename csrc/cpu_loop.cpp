@@ -486,6 +486,16 @@ void decide_step(const void* table_address) {
          table.num_domains, reinterpret_cast<const double*>(table.totals), reinterpret_cast<Decision*>(table.decision));
 }
 
+// Where tensors are tiny, it is their first lines that a step waits for.
+constexpr int64_t kTensorsAhead = 4;
+
+void prefetch_tensor(const TensorRow& row, int64_t grad) {
+  __builtin_prefetch(reinterpret_cast<const void*>(row.param));
+  __builtin_prefetch(reinterpret_cast<const void*>(row.exp_avg));
+  __builtin_prefetch(reinterpret_cast<const void*>(row.exp_avg_sq));
+  __builtin_prefetch(reinterpret_cast<const void*>(grad));
+}
+
 void prepare(const void* table_address, int64_t begin, int64_t end) {
   const auto& table = *static_cast<const LaunchTable*>(table_address);
   const auto* rows = reinterpret_cast<const TensorRow*>(table.rows);
@@ -497,6 +507,7 @@ void prepare(const void* table_address, int64_t begin, int64_t end) {
   Coefficients<double> c = {};
   int64_t known_hyper = -1, known_flags = -1, known_norm = -1, known_bound = -1, known_t = -1;
   for (int64_t i = begin; i < end; ++i) {
+    if (i + kTensorsAhead < end) __builtin_prefetch(reinterpret_cast<const void*>(rows[i + kTensorsAhead].step));
     if (grads[i] == 0) continue;
     const TensorRow& row = rows[i];
     auto* step = reinterpret_cast<float*>(row.step);
@@ -532,6 +543,10 @@ void update(const void* table_address, int64_t begin, int64_t end) {
   const auto* copies = reinterpret_cast<const ParamCopy*>(table.copies);
   if (reinterpret_cast<const Decision*>(table.decision)->skip) return;
   for (int64_t i = begin; i < end; ++i) {
+    if (i + kTensorsAhead < end) {
+      const int64_t later = chunks[i + kTensorsAhead] >> kChunkTensorShift;
+      prefetch_tensor(rows[later], grads[later]);
+    }
     const int64_t tensor = chunks[i] >> kChunkTensorShift;
     if (grads[tensor] == 0) continue;
     const TensorRow& row = rows[tensor];

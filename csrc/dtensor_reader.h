@@ -43,6 +43,13 @@ class DTensorReader {
   // A new reference; nullptr with no Python error set where it does not say.
   PyObject* spec_of(PyObject* tensor) const { return read(tensor, spec_offset_, spec_.get()); }
 
+  // The same by reads alone, a borrowed reference; nullptr where local_of() must be asked.
+  PyObject* peek_local(PyObject* tensor) const {
+    PyObject* local = peek(tensor, local_offset_);
+    return local != nullptr && THPVariable_CheckExact(local) ? local : nullptr;
+  }
+  PyObject* peek_spec(PyObject* tensor) const { return peek(tensor, spec_offset_); }
+
   // Whether both say the same mesh and placements.
   bool are_alike(PyObject* spec, PyObject* other) const {
     for (PyObject* name : {mesh_.get(), placements_.get()}) {
@@ -58,12 +65,16 @@ class DTensorReader {
  private:
   // An attribute: read where the type keeps it, or, for another type, by name.
   PyObject* read(PyObject* tensor, Py_ssize_t offset, PyObject* name) const {
-    if (offset != 0 && Py_TYPE(tensor) == type_) {
-      return Py_XNewRef(*reinterpret_cast<PyObject**>(reinterpret_cast<char*>(tensor) + offset));
-    }
+    PyObject* seen = peek(tensor, offset);
+    if (seen != nullptr) return Py_NewRef(seen);
     PyObject* value = PyObject_GetAttr(tensor, name);
     if (value == nullptr) PyErr_Clear();
     return value;
+  }
+
+  PyObject* peek(PyObject* tensor, Py_ssize_t offset) const {
+    if (offset == 0 || Py_TYPE(tensor) != type_) return nullptr;
+    return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(tensor) + offset);
   }
 
   PyTypeObject* type_ = nullptr;

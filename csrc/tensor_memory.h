@@ -47,7 +47,7 @@ struct Place {
 };
 
 // Throws where the memory cannot be written.
-inline Place place_of(const c10::TensorImpl* tensor) {
+[[gnu::always_inline]] inline Place place_of(const c10::TensorImpl* tensor) {
   return {static_cast<char*>(storage_of(tensor)->mutable_data()), tensor->storage_offset()};
 }
 

@@ -1,11 +1,16 @@
 // See tensor_watch.h.
 #include "tensor_watch.h"
 
+#include <ATen/Parallel.h>
+#include <pthread.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Dtype.h>
 
+#include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 
 namespace adamw_kernels {
@@ -17,15 +22,31 @@ namespace {
 
 constexpr size_t kAhead = 8;
 
+// torch's threads do not survive fork(): what is shared among them in the child waits for ever.
+std::atomic<bool> in_forked_child{false};
+[[maybe_unused]] const int fork_handler =
+    pthread_atfork(nullptr, nullptr, [] { in_forked_child.store(true, std::memory_order_relaxed); });
+
 // Empty tensors have no address, yet a gradient of no elements is a gradient: any non-zero number stands for it.
 constexpr int64_t kEmptyGradient = 16;
 
 // A loop, where std::equal calls memcmp for one or two numbers.
-bool are_equal(const int64_t* a, const int64_t* b, size_t count) {
+[[gnu::always_inline]] inline bool are_equal(const int64_t* a, const int64_t* b, size_t count) {
   for (size_t k = 0; k < count; ++k) {
     if (a[k] != b[k]) return false;
   }
   return true;
+}
+
+// Calls `work` for parts of `count` items, on as many of torch's threads as they are worth, and waits for all.
+template <typename Work>
+void share(size_t count, int64_t items_per_thread, const Work& work) {
+  if (in_forked_child.load(std::memory_order_relaxed)) {
+    if (count > 0) work(0, count);
+    return;
+  }
+  at::parallel_for(0, static_cast<int64_t>(count), items_per_thread,
+                   [&](int64_t begin, int64_t end) { work(static_cast<size_t>(begin), static_cast<size_t>(end)); });
 }
 
 }  // namespace
@@ -33,7 +54,9 @@ bool are_equal(const int64_t* a, const int64_t* b, size_t count) {
 // --- what is remembered ----------------------------------------------------------------------------------------------
 
 TensorWatch::TensorWatch(PyObject* param_groups, PyObject* state, PyObject* state_keys,
-                         const std::vector<int64_t>& slots, const std::vector<PyObject*>& grad_dtypes) {
+                         const std::vector<int64_t>& slots, const std::vector<PyObject*>& grad_dtypes,
+                         int64_t params_per_thread)
+    : params_per_thread_(params_per_thread) {
   try {
     if (slots.size() != grad_dtypes.size()) throw std::invalid_argument("as many grad_dtypes as slots are needed");
     grad_descriptor_ = PyObject_GetAttr(THPVariableClass, str_grad_.get());
@@ -41,9 +64,6 @@ TensorWatch::TensorWatch(PyObject* param_groups, PyObject* state, PyObject* stat
     snapshot_params(param_groups, slots, grad_dtypes);
     guard_state(state);  // first: what is written while it is looked through counts as written
     snapshot_state(state, state_keys);
-    held_params_.reserve(params_.size());
-    held_shards_.reserve(params_.size());
-    held_grads_.reserve(params_.size());
   } catch (...) {
     drop();  // a destructor does not run for an object that was never finished
     throw;
@@ -54,10 +74,11 @@ void TensorWatch::snapshot_params(PyObject* param_groups, const std::vector<int6
                                   const std::vector<PyObject*>& grad_dtypes) {
   params_.reserve(slots.size());
   Layouts known;
+  std::unordered_set<PyObject*> seen;
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups); ++g) {
     PyObject* params = PyDict_GetItem(PyList_GET_ITEM(param_groups, g), str_params_.get());
     if (params == nullptr || !PyList_Check(params)) throw std::invalid_argument("group['params'] must be a list");
-    group_sizes_.push_back(PyList_GET_SIZE(params));
+    groups_.push_back({params_.size(), static_cast<size_t>(PyList_GET_SIZE(params))});
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
       PyObject* object = PyList_GET_ITEM(params, i);
       if (params_.size() == slots.size()) throw std::invalid_argument("more parameters than slots");
@@ -70,13 +91,16 @@ void TensorWatch::snapshot_params(PyObject* param_groups, const std::vector<int6
       const Ref own_descriptor(PyObject_GetAttr(reinterpret_cast<PyObject*>(Py_TYPE(object)), str_grad_.get()));
       if (!own_descriptor) PyErr_Clear();
       param.plain_grad = own_descriptor.get() == grad_descriptor_;
+      // One that is listed twice is left to one thread, which counts its references.
+      param.reads_suffice = param.plain_grad && slot >= 0 && seen.insert(object).second;
+      param.autograd = impl_of(object)->autograd_meta();
       if (slot <= 0) continue;
       if (!THPDtype_Check(grad_dtype)) throw std::invalid_argument("a gradient's dtype is none");
       param.slot = reinterpret_cast<int64_t*>(slot);
       param.grad_dtype = c10::scalarTypeToTypeMeta(reinterpret_cast<THPDtype*>(grad_dtype)->scalar_type);
       param.grad_itemsize = static_cast<uint8_t>(param.grad_dtype.itemsize());
       snapshot_memory(&param, &known);
-      param.is_plain = param.plain_grad && param.sharding == nullptr;
+      param.reads_suffice = param.reads_suffice && !param.keys.has(DispatchKey::Python);
     }
   }
   if (params_.size() != slots.size()) throw std::invalid_argument("fewer parameters than slots");
@@ -93,14 +117,12 @@ void TensorWatch::snapshot_memory(Param* param, Layouts* known) {
   if (!local) throw std::invalid_argument("a DTensor whose shard is no plain tensor");
   const c10::TensorImpl* impl = impl_of(local.get());
   if (impl->layout() != c10::kStrided || !impl->has_storage()) throw std::invalid_argument("a tensor without memory");
-  const c10::TensorImpl* wrapper = impl_of(param->object);
   if (param->sharding) {
-    param->sharding->wrapper = wrapper;
+    param->sharding->wrapper = impl_of(param->object);
     param->sharding->local = local.get();
   }
   param->impl = impl;
   param->storage = storage_of(impl);
-  param->autograd = wrapper->autograd_meta();
   param->place = place_of(impl);
   param->keys = impl->key_set();
   param->dtype = impl->dtype();
@@ -179,30 +201,21 @@ void TensorWatch::drop() {
   Py_XDECREF(grad_descriptor_);
 }
 
-// Until release(): what bump_versions() writes.
-void TensorWatch::hold(PyObject* param) {
-  const c10::TensorImpl* impl = impl_of(param);
-  held_params_.push_back({Py_NewRef(param), impl, version_hint(impl)});
-}
-
 void TensorWatch::release() {
-  // What they refer to may be freed here, which may run anybody's code, and even come here again.
-  while (!held_params_.empty()) {
-    PyObject* param = held_params_.back().param;
-    held_params_.pop_back();
-    if (held_params_.size() > kAhead) prefetch((held_params_.end() - kAhead)->param);
-    Py_DECREF(param);
+  if (!is_holding_) return;
+  for (size_t index = 0; index < params_.size(); ++index) {
+    if (index + kAhead < params_.size() && params_[index + kAhead].is_held) {
+      prefetch(params_[index + kAhead].object);
+      prefetch(params_[index + kAhead].grad);
+    }
+    Param& param = params_[index];
+    if (!param.is_held) continue;
+    // What they refer to may be freed here, which may run anybody's code, and even come here again.
+    param.is_held = false;
+    if (param.grad != nullptr) OwnedTensor::reclaim(param.grad);
+    Py_DECREF(param.object);
   }
-  while (!held_shards_.empty()) {
-    PyObject* shard = held_shards_.back();
-    held_shards_.pop_back();
-    Py_DECREF(shard);
-  }
-  while (!held_grads_.empty()) {
-    const at::Tensor grad = std::move(held_grads_.back());
-    held_grads_.pop_back();
-    if (held_grads_.size() > kAhead) prefetch((held_grads_.end() - kAhead)->unsafeGetTensorImpl());
-  }
+  is_holding_ = false;
 }
 
 // --- what is compared ------------------------------------------------------------------------------------------------
@@ -223,14 +236,18 @@ void TensorWatch::prefetch_param(const Param& param) {
   prefetch(param.impl, sizeof(c10::TensorImpl));
   prefetch_storage(param.storage);
   prefetch(param.autograd, 64);
-  prefetch(param.grad_impl, sizeof(c10::TensorImpl));
   prefetch_storage(param.grad_storage);
-  if (param.sharding == nullptr) return;
-  const Sharding& sharding = *param.sharding;
-  for (const void* line :
-       {sharding.wrapper, sharding.local, sharding.grad_object, sharding.grad_wrapper, sharding.grad_local}) {
-    prefetch(line);
+  if (param.sharding == nullptr) {
+    prefetch(param.grad, sizeof(c10::TensorImpl));
+    return;
   }
+  const Sharding& sharding = *param.sharding;
+  prefetch(sharding.wrapper);
+  prefetch(sharding.local);
+  prefetch(param.grad);
+  prefetch(sharding.grad_object);
+  prefetch(sharding.grad_local);
+  prefetch(sharding.grad_impl, sizeof(c10::TensorImpl));
 }
 
 // Whether a DTensor's gradient lies on the same mesh in the same placements. Backward, under FSDP2 for one, gives every
@@ -244,26 +261,30 @@ bool TensorWatch::is_sharded_alike(Sharding* sharding, PyObject* grad) const {
   return true;
 }
 
-bool TensorWatch::has_sizes(const Param& param, const c10::TensorImpl* tensor) const {
+[[gnu::always_inline]] inline bool TensorWatch::has_sizes(const Param& param, const c10::TensorImpl* tensor) const {
   const c10::IntArrayRef sizes = tensor->sizes();
   return sizes.size() == param.ndim && are_equal(sizes.data(), layouts_.data() + param.layout, param.ndim);
 }
 
 // Of a tensor that has as many dimensions.
-bool TensorWatch::has_strides(const Param& param, const c10::TensorImpl* tensor) const {
+[[gnu::always_inline]] inline bool TensorWatch::has_strides(const Param& param, const c10::TensorImpl* tensor) const {
   return are_equal(tensor->strides().data(), layouts_.data() + param.layout + param.ndim, param.ndim);
 }
 
-bool TensorWatch::has_same_memory(const Param& param, const c10::TensorImpl* local) const {
+inline bool TensorWatch::has_same_memory(const Param& param, const c10::TensorImpl* local) const {
   return local->key_set() == param.keys && local->dtype() == param.dtype && place_of(local) == param.place &&
          local->device() == param.device && has_sizes(param, local) && has_strides(param, local);
 }
 
-// A gradient's own memory beside its parameter's.
-TensorWatch::Grad TensorWatch::compare(const Param& param, const c10::TensorImpl* grad) const {
-  // A subclass of Tensor may have gradients that are none.
+// A subclass of Tensor may have gradients that are none.
+inline bool TensorWatch::has_alike_keys(const Param& param, const c10::TensorImpl* grad) {
   constexpr DispatchKeySet kPython({DispatchKey::Python, DispatchKey::PythonTLSSnapshot});
-  if (memory_keys(grad->key_set()) != memory_keys(param.keys) - kPython) {
+  return memory_keys(grad->key_set()) == memory_keys(param.keys) - kPython;
+}
+
+// A gradient's own memory beside its parameter's.
+inline TensorWatch::Grad TensorWatch::compare(const Param& param, const c10::TensorImpl* grad) const {
+  if (!has_alike_keys(param, grad)) {
     const bool is_alike = grad->layout() == c10::kStrided && grad->device() == param.device;
     return is_alike ? Grad::kNeedsPython : Grad::kChanged;  // a lazily negated view, a subclass of Tensor
   }
@@ -280,7 +301,8 @@ TensorWatch::Grad TensorWatch::compare(const Param& param, const c10::TensorImpl
 }
 
 // Writes the slot if the gradient fits.
-TensorWatch::Grad TensorWatch::write_address(Param* param, const c10::TensorImpl* grad) const {
+[[gnu::always_inline]] inline TensorWatch::Grad TensorWatch::write_address(Param* param,
+                                                                           const c10::TensorImpl* grad) const {
   const Grad result = compare(*param, grad);
   if (result != Grad::kFits) return result;
   const Place place = place_of(grad);
@@ -290,29 +312,68 @@ TensorWatch::Grad TensorWatch::write_address(Param* param, const c10::TensorImpl
   }
   if (place.storage == nullptr) return Grad::kChanged;  // was released
   *param->slot = reinterpret_cast<int64_t>(place.storage + place.offset * param->grad_itemsize);
-  param->grad_impl = grad;
   param->grad_storage = storage_of(grad);
   return result;
 }
 
-// Of a DTensor: writes the slot if the gradient's shard fits, and holds it.
-TensorWatch::Grad TensorWatch::read_dtensor_grad(Param* param, PyObject* object, const at::Tensor& grad) {
-  const Ref wrapper(THPVariable_Wrap(grad));
-  if (!wrapper) return Grad::kChanged;
-  Sharding* sharding = param->sharding.get();
-  if (Py_TYPE(wrapper.get()) != Py_TYPE(object) || !is_sharded_alike(sharding, wrapper.get())) {
-    return Grad::kNeedsPython;
-  }
-  PyObject* local = dtensors_.local_of(wrapper.get());
-  if (local == nullptr) return Grad::kNeedsPython;
-  held_shards_.push_back(local);
-  sharding->grad_object = wrapper.get();
-  sharding->grad_wrapper = grad.unsafeGetTensorImpl();
-  sharding->grad_local = local;
-  return write_address(param, impl_of(local));
+// Until release(). Of a DTensor, too: its object lives on with its implementation, and refers to its shard.
+inline void TensorWatch::hold(Param* param, PyObject* object, const at::Tensor& grad) {
+  Py_INCREF(object);
+  param->grad = OwnedTensor(grad.getIntrusivePtr()).release();
+  param->version = version_hint(impl_of(object));
+  param->is_held = true;
 }
 
-// Any parameter: a DTensor, one whose type has a property named grad, one without a slot. False if it changed.
+// A DTensor's shard and its gradient's, by reads alone. False: only read_param() can tell.
+inline bool TensorWatch::find_shards(Param* param, PyObject* object, const c10::TensorImpl** local,
+                                     const c10::TensorImpl** grad) const {
+  Sharding* sharding = param->sharding.get();
+  PyObject* grad_object = (*grad)->pyobj_slot()->load_pyobj();
+  if (grad_object == nullptr || Py_TYPE(grad_object) != Py_TYPE(object)) return false;
+  PyObject *shard = dtensors_.peek_local(object), *grad_shard = dtensors_.peek_local(grad_object);
+  if (shard == nullptr || grad_shard == nullptr || dtensors_.peek_spec(object) != sharding->spec) return false;
+  PyObject* grad_spec = dtensors_.peek_spec(grad_object);
+  if (grad_spec != sharding->spec && grad_spec != sharding->grad_spec) return false;
+  *local = impl_of(shard);
+  *grad = impl_of(grad_shard);
+  sharding->grad_object = grad_object;
+  sharding->grad_local = grad_shard;
+  sharding->grad_impl = *grad;
+  return true;
+}
+
+// A parameter, by reads alone, which any thread may do while the caller holds the GIL: nothing is called that may run
+// Python, and only references to these very objects are counted. False: read_param() must look at it.
+inline bool TensorWatch::read_quickly(Param* param, PyObject* object) const {
+  const c10::TensorImpl* local = impl_of(object);
+  const at::Tensor& grad = grad_of(local);
+  if (!grad.defined()) {
+    // Its address may change while it has no gradient: compared when the next one comes.
+    if (param->slot != nullptr) *param->slot = 0;
+    return true;
+  }
+  if (param->slot == nullptr) return false;
+  const c10::TensorImpl* grad_local = grad.unsafeGetTensorImpl();
+  if (param->sharding && !find_shards(param, object, &local, &grad_local)) return false;
+  if (!has_same_memory(*param, local) || !has_alike_keys(*param, grad_local)) return false;
+  if (write_address(param, grad_local) != Grad::kFits) return false;
+  hold(param, object, grad);
+  return true;
+}
+
+// Of a DTensor: writes the slot if the gradient's shard fits.
+TensorWatch::Grad TensorWatch::read_dtensor_grad(Param* param, PyObject* object, const at::Tensor& grad) const {
+  const Ref wrapper(THPVariable_Wrap(grad));
+  if (!wrapper) return Grad::kChanged;
+  if (Py_TYPE(wrapper.get()) != Py_TYPE(object) || !is_sharded_alike(param->sharding.get(), wrapper.get())) {
+    return Grad::kNeedsPython;
+  }
+  const Ref local(dtensors_.local_of(wrapper.get()));
+  return local ? write_address(param, impl_of(local.get())) : Grad::kNeedsPython;
+}
+
+// Any parameter: one whose type has a property named grad, one without a slot, a DTensor of another layout. False if it
+// changed.
 bool TensorWatch::read_param(size_t index, PyObject* object, std::vector<int64_t>* odd) {
   Param& param = params_[index];
   const Ref held(Py_NewRef(object));
@@ -320,7 +381,6 @@ bool TensorWatch::read_param(size_t index, PyObject* object, std::vector<int64_t
   const at::Tensor* grad = find_grad(str_grad_.get(), param, object, &read);
   if (grad == nullptr) return false;
   if (!grad->defined()) {
-    // Its address may change while it has no gradient: compared when the next one comes.
     if (param.slot != nullptr) *param.slot = 0;
     if (param.slot == nullptr && param.has_row) odd->push_back(-1 - static_cast<int64_t>(index));
     return true;
@@ -334,77 +394,106 @@ bool TensorWatch::read_param(size_t index, PyObject* object, std::vector<int64_t
       if (Ref(dtensors_.spec_of(object)).get() != param.sharding->spec) return false;
       result = read_dtensor_grad(&param, object, *grad);
     } else {
-      held_grads_.push_back(*grad);
       result = write_address(&param, grad->unsafeGetTensorImpl());
     }
   }
   if (result == Grad::kChanged) return false;
   if (result == Grad::kNeedsPython) odd->push_back(static_cast<int64_t>(index));
-  hold(object);
+  hold(&param, object, *grad);
   return true;
 }
 
-bool TensorWatch::params_unchanged(PyObject* param_groups, std::vector<int64_t>* odd) {
-  if (!PyList_Check(param_groups) || PyList_GET_SIZE(param_groups) != static_cast<Py_ssize_t>(group_sizes_.size())) {
-    return false;
+// nullptr where the group has none, or one of another length.
+PyObject* TensorWatch::list_of(PyObject* param_groups, size_t index) const {
+  if (PyList_GET_SIZE(param_groups) != static_cast<Py_ssize_t>(groups_.size())) return nullptr;
+  PyObject* group = PyList_GET_ITEM(param_groups, static_cast<Py_ssize_t>(index));
+  PyObject* list = PyDict_Check(group) ? PyDict_GetItem(group, str_params_.get()) : nullptr;
+  if (list == nullptr || !PyList_Check(list)) return nullptr;
+  return PyList_GET_SIZE(list) == static_cast<Py_ssize_t>(groups_[index].size) ? list : nullptr;
+}
+
+bool TensorWatch::find_lists(PyObject* param_groups) {
+  if (!PyList_Check(param_groups)) return false;
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    PyObject* list = list_of(param_groups, g);
+    if (list == nullptr) return false;
+    groups_[g].objects = PySequence_Fast_ITEMS(list);
   }
-  size_t index = 0;
-  for (size_t g = 0; g < group_sizes_.size(); ++g) {
-    PyObject* group = PyList_GET_ITEM(param_groups, g);
-    PyObject* list = PyDict_Check(group) ? PyDict_GetItem(group, str_params_.get()) : nullptr;
-    if (list == nullptr || !PyList_Check(list)) return false;
-    for (Py_ssize_t i = 0; i < group_sizes_[g]; ++i, ++index) {
-      if (PyList_GET_SIZE(list) != group_sizes_[g]) return false;  // a property named grad may run anybody's code
-      if (index + kAhead < params_.size()) prefetch_param(params_[index + kAhead]);
-      Param& param = params_[index];
-      PyObject* object = PyList_GET_ITEM(list, i);
-      if (object != param.object) return false;
-      if (!param.is_plain) {
-        if (!read_param(index, object, odd)) return false;
-        continue;
-      }
-      // The same as read_param, as few instructions as may be.
-      const c10::TensorImpl* impl = impl_of(object);
-      const at::Tensor& grad = grad_of(impl);
-      if (!grad.defined()) {
-        *param.slot = 0;
-        continue;
-      }
-      if (!has_same_memory(param, impl)) return false;
-      const Grad result = write_address(&param, grad.unsafeGetTensorImpl());
-      if (result == Grad::kChanged) return false;
-      if (result == Grad::kNeedsPython) odd->push_back(static_cast<int64_t>(index));
-      held_grads_.push_back(grad);
-      hold(object);
+  return PyList_GET_SIZE(param_groups) == static_cast<Py_ssize_t>(groups_.size());
+}
+
+// The parameters from `begin` to `end`. False: some are left to read_param(), and marked.
+bool TensorWatch::read_params(size_t begin, size_t end) {
+  const auto is_before = [](size_t index, const Group& group) { return index < group.begin; };
+  auto group = std::upper_bound(groups_.begin(), groups_.end(), begin, is_before) - 1;
+  bool all = true;
+  for (size_t index = begin; index < end; ++index) {
+    while (index >= group->begin + group->size) ++group;
+    if (index + kAhead < end) prefetch_param(params_[index + kAhead]);
+    Param& param = params_[index];
+    PyObject* object = group->objects[index - group->begin];
+    param.is_left = object != param.object || !param.reads_suffice || !read_quickly(&param, object);
+    all = all && !param.is_left;
+  }
+  return all;
+}
+
+bool TensorWatch::read_left_params(PyObject* param_groups, std::vector<int64_t>* odd) {
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    const Ref list(Py_XNewRef(list_of(param_groups, g)));
+    if (!list) return false;
+    for (size_t i = 0; i < groups_[g].size; ++i) {
+      const size_t index = groups_[g].begin + i;
+      if (!params_[index].is_left) continue;
+      // A property named grad may run anybody's code.
+      if (PyList_GET_SIZE(list.get()) != static_cast<Py_ssize_t>(groups_[g].size)) return false;
+      PyObject* object = PyList_GET_ITEM(list.get(), static_cast<Py_ssize_t>(i));
+      if (object != params_[index].object || !read_param(index, object, odd)) return false;
     }
-    if (PyList_GET_SIZE(list) != group_sizes_[g]) return false;
+    if (list_of(param_groups, g) != list.get()) return false;
   }
   return true;
+}
+
+// Whether the memory of a plain state tensor is where it was.
+[[gnu::always_inline]] inline bool TensorWatch::has_place(const StateItem& seen, const c10::TensorImpl* impl) {
+  return place_of(impl) == seen.place && impl->numel() == seen.numel && impl->dtype() == seen.dtype;
 }
 
 // Whether `item`, which is some tensor, is the tensor that was seen, and its memory where it was.
 bool TensorWatch::item_unchanged(const StateItem& seen, PyObject* item) const {
   if (impl_of(item) != seen.impl._unsafe_get_target()) return false;
   if (!seen.is_readable) return true;
-  const auto fits = [&](const c10::TensorImpl* impl) {
-    return place_of(impl) == seen.place && impl->numel() == seen.numel && impl->dtype() == seen.dtype;
-  };
-  if (!seen.is_sharded) return fits(impl_of(item));
+  if (!seen.is_sharded) return has_place(seen, impl_of(item));
   const Ref local(dtensors_.local_of(item));
-  return local && fits(impl_of(local.get()));
+  return local && has_place(seen, impl_of(local.get()));
 }
 
-// All items, where no dict was written since they were seen, and so holds them still.
-bool TensorWatch::items_unchanged() const {
-  for (size_t k = 0; k < state_items_.size(); ++k) {
-    if (k + 2 * kAhead < state_items_.size()) {
-      const StateItem& later = state_items_[k + 2 * kAhead];
-      prefetch(later.object);
+// The items from `begin` to `end`, where no dict was written since they were seen, and so holds them still; whose
+// implementations need not be asked for, since torch swaps none that has weak references. By reads alone. False: they
+// changed, or only item_unchanged() can tell.
+bool TensorWatch::items_unchanged(size_t begin, size_t end) const {
+  constexpr size_t kFurther = 2 * kAhead;
+  for (size_t k = begin; k < end; ++k) {
+    if (k + kFurther < end) {
+      const StateItem& later = state_items_[k + kFurther];
       prefetch_place(later.memory);
       prefetch_storage(later.storage);
-      if (k + 2 * kAhead < state_locals_.size()) prefetch(state_locals_[k + 2 * kAhead]);
+      if (later.is_sharded) {
+        prefetch(later.object);
+        prefetch(state_locals_[k + kFurther]);
+      }
     }
-    if (!item_unchanged(state_items_[k], state_items_[k].object)) return false;
+    const StateItem& seen = state_items_[k];
+    if (!seen.is_readable) continue;
+    const c10::TensorImpl* impl = seen.impl._unsafe_get_target();
+    if (seen.is_sharded) {
+      PyObject* local = dtensors_.peek_local(seen.object);
+      if (local == nullptr) return false;
+      impl = impl_of(local);
+    }
+    if (impl->key_set().has(DispatchKey::Python)) return false;  // may run Python to tell its size
+    if (!has_place(seen, impl)) return false;
   }
   return true;
 }
@@ -431,8 +520,7 @@ bool TensorWatch::entries_unchanged(PyObject* state) const {
   return true;
 }
 
-bool TensorWatch::state_unchanged(PyObject* state) {
-  if (state == guarded_ && guard_.is_unwritten()) return items_unchanged();
+bool TensorWatch::look_through(PyObject* state) {
   if (!PyDict_Check(state)) return false;
   guard_state(state);
   guarded_ = nullptr;  // until all has been looked through, which may throw
@@ -441,12 +529,26 @@ bool TensorWatch::state_unchanged(PyObject* state) {
   return true;
 }
 
+bool TensorWatch::all_unchanged(PyObject* param_groups, PyObject* state, std::vector<int64_t>* odd) {
+  const bool is_unwritten = state == guarded_ && guard_.is_unwritten();
+  if (!find_lists(param_groups)) return false;
+  const size_t count = params_.size(), items = is_unwritten ? state_items_.size() : 0;
+  std::atomic<bool> is_same{is_unwritten}, is_read{true};
+  share(count, params_per_thread_, [&](size_t begin, size_t end) {
+    if (!items_unchanged(items * begin / count, items * end / count)) is_same = false;
+    if (!read_params(begin, end)) is_read = false;
+  });
+  if (!is_same && !look_through(state)) return false;
+  return is_read || read_left_params(param_groups, odd);
+}
+
 PyObject* TensorWatch::sweep(PyObject* param_groups, PyObject* state) {
   release();
   std::vector<int64_t> odd;
   bool is_unchanged = false;
+  is_holding_ = true;
   try {
-    is_unchanged = state_unchanged(state) && params_unchanged(param_groups, &odd);
+    is_unchanged = all_unchanged(param_groups, state, &odd);
   } catch (const std::exception&) {  // torch throws where a tensor has no memory to write
   }
   if (!is_unchanged) {
@@ -464,14 +566,17 @@ PyObject* TensorWatch::sweep(PyObject* param_groups, PyObject* state) {
 }
 
 void TensorWatch::bump_versions() {
-  for (size_t k = 0; k < held_params_.size(); ++k) {
-    if (k + kAhead < held_params_.size()) {
-      prefetch(held_params_[k + kAhead].param);
-      prefetch(held_params_[k + kAhead].impl);
-      prefetch(held_params_[k + kAhead].version);
+  share(params_.size(), params_per_thread_, [this](size_t begin, size_t end) {
+    for (size_t index = begin; index < end; ++index) {
+      if (index + kAhead < end && params_[index + kAhead].is_held) {
+        const Param& later = params_[index + kAhead];
+        prefetch(later.object);
+        prefetch(later.sharding ? later.sharding->wrapper : later.impl);
+        prefetch(later.version);
+      }
+      if (params_[index].is_held) impl_of(params_[index].object)->bump_version();
     }
-    impl_of(held_params_[k].param)->bump_version();
-  }
+  });
 }
 
 }  // namespace adamw_kernels

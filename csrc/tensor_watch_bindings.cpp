@@ -17,12 +17,14 @@ PYBIND11_MODULE(_tensor_watch, m) {
                           "Remembers every tensor as it is now; sweep() reads the gradients' addresses and tells "
                           "whether anything else changed.")
       .def(py::init([](const py::list& param_groups, const py::dict& state, const py::tuple& state_keys,
-                       const std::vector<int64_t>& slots, const py::list& grad_dtypes) {
+                       const std::vector<int64_t>& slots, const py::list& grad_dtypes, int64_t params_per_thread) {
              std::vector<PyObject*> dtypes;
              for (const py::handle dtype : grad_dtypes) dtypes.push_back(dtype.ptr());
-             return new TensorWatch(param_groups.ptr(), state.ptr(), state_keys.ptr(), slots, dtypes);
+             return new TensorWatch(param_groups.ptr(), state.ptr(), state_keys.ptr(), slots, dtypes,
+                                    params_per_thread);
            }),
-           py::arg("param_groups"), py::arg("state"), py::arg("state_keys"), py::arg("slots"), py::arg("grad_dtypes"))
+           py::arg("param_groups"), py::arg("state"), py::arg("state_keys"), py::arg("slots"), py::arg("grad_dtypes"),
+           py::arg("params_per_thread"))
       .def(
           "sweep",
           [](TensorWatch& watch, const py::object& param_groups, const py::object& state) {

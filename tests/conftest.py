@@ -7,6 +7,7 @@ so it is set here, before anything imports the kernels.
 import dataclasses
 import gc
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -41,14 +42,19 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
-@pytest.fixture(params=["native", "python"])
-def watch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Force one implementation of the watch over tensors."""
+@pytest.fixture(params=["native", "shared", "python"])
+def watch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Force one implementation of the watch over tensors; "shared": the native one, few tensors on two threads."""
+    threads = torch.get_num_threads()
     if request.param == "python":
         monkeypatch.setattr(tensor_watch, "load_native", lambda: (None, "twin"))
     elif tensor_watch.load_native()[0] is None:
         pytest.skip(tensor_watch.load_native()[1])
-    return request.param
+    elif request.param == "shared":
+        monkeypatch.setattr(tensor_watch, "PARAMS_PER_THREAD", 1)
+        torch.set_num_threads(2)
+    yield request.param
+    torch.set_num_threads(threads)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -512,8 +512,9 @@ def weights_as_bytes(opt: FusedAdamW) -> bytes:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.parametrize("child", ["steps-on", "starts-anew", "forks-again"])
-def test_fork_after_stepping_on_two_threads(two_threads: None, child: str) -> None:
+def test_fork_after_stepping_on_two_threads(two_threads: None, child: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenMP's threads do not survive a fork: the child steps without them, to the bits of its parent with them."""
+    monkeypatch.setattr(tensor_watch, "PARAMS_PER_THREAD", 1)  # kernels are shared, and so is the look at tensors
     opt = large_optimizer()
     opt.step()
 
@@ -540,9 +541,10 @@ def test_fork_after_stepping_on_two_threads(two_threads: None, child: str) -> No
 FORK_BEFORE_THE_FIRST_STEP = """
 import os, signal, sys
 import torch
-from adamw_kernels import FusedAdamW
+from adamw_kernels import FusedAdamW, tensor_watch
 
 assert "adamw_kernels._C" in sys.modules
+tensor_watch.PARAMS_PER_THREAD = 1
 torch.set_num_threads(2)
 torch.ones(1 << 22).add_(1).sum()  # torch's own operations start the threads
 params = [torch.nn.Parameter(torch.ones(1 << 14)) for _ in range(8)]

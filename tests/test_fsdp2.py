@@ -13,7 +13,7 @@ from pairs import assert_unchanged, params_of
 from processes import Scenarios, whole
 from shards import FORMATS, KEYS, Model, assert_part, assert_parts_of, full_gradients, give, part_like, tokens
 
-from adamw_kernels import FusedAdamW
+from adamw_kernels import FusedAdamW, tensor_watch
 
 WORLD = 2
 HYPER: dict[str, Any] = dict(lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
@@ -70,6 +70,17 @@ def every_format(rank: int) -> None:
         assert not any(
             torch.equal(p, q) for p, q in zip(judge.parameters(), Model().bfloat16().parameters(), strict=True)
         )
+
+
+@scenario
+def on_two_threads(rank: int) -> None:
+    """Warm steps look at DTensors on torch's threads where there are many: the same, had these been many."""
+    threads, per_thread = torch.get_num_threads(), tensor_watch.PARAMS_PER_THREAD
+    torch.set_num_threads(2)
+    tensor_watch.PARAMS_PER_THREAD = 1
+    every_format(rank)
+    tensor_watch.PARAMS_PER_THREAD = per_thread
+    torch.set_num_threads(threads)
 
 
 @scenario

@@ -1,0 +1,253 @@
+"""A warm step over so many tensors that torch's threads share the look at them.
+
+The native watch first reads all tensors without a call into Python, on all of torch's threads, and leaves what that
+does not settle to the caller (`csrc/tensor_watch.h`). Among thousands every change must be noticed as among three,
+wherever it is. Here they are a hundred, of which a few are worth a thread's while.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from tolerances import TOLERANCES
+
+from adamw_kernels import FusedAdamW, tensor_watch
+
+COUNT = 101
+PER_THREAD = 16
+PLACES = (0, COUNT // 2, COUNT // 2 + 1, COUNT - 1)  # the first and the last of each thread
+HYPER: dict[str, Any] = dict(lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
+
+
+@pytest.fixture(autouse=True)
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let torch, and so the watch, use two threads."""
+    monkeypatch.setattr(tensor_watch, "PARAMS_PER_THREAD", PER_THREAD)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+class Wrapped(torch.nn.Parameter):
+    """A parameter whose type has a property named grad, which only Python can read."""
+
+    @property
+    def grad(self) -> torch.Tensor | None:
+        """The gradient, elsewhere."""
+        return getattr(self, "kept", None)
+
+    @grad.setter
+    def grad(self, grad: torch.Tensor | None) -> None:
+        self.kept = grad
+
+
+def parameter(index: int) -> torch.nn.Parameter:
+    """One of every kind, in float64: 0 to 2 dimensions, none of its elements, transposed, with a property."""
+    shape = ((), (3,), (2, 3), (0, 2))[index % 4]
+    value = torch.linspace(0.1, 1, max(1, torch.Size(shape).numel()), dtype=torch.float64) + index % 17
+    value = value[: torch.Size(shape).numel()].reshape(shape)
+    if index % 12 == 2:
+        value = value.t()
+    return Wrapped(value) if index % 41 == 5 else torch.nn.Parameter(value)
+
+
+def optimizer(cls: Any = FusedAdamW) -> Any:
+    """Of many parameters in groups of every size, one of them empty; some are frozen."""
+    params = [parameter(index) for index in range(COUNT)]
+    for index, p in enumerate(params):
+        p.requires_grad_(index % 31 != 7)
+    cuts = [0, 1, 1, 30, 31, COUNT // 2 + 5, COUNT]
+    return cls([{"params": params[a:b]} for a, b in zip(cuts, cuts[1:], strict=False)], **HYPER)
+
+
+def params_of(opt: Any) -> list[Any]:
+    """All its parameters."""
+    return [p for group in opt.param_groups for p in group["params"]]
+
+
+def give_gradients(*optimizers: Any, step: int) -> None:
+    """The same to all: new tensors, some as the parameter lies in memory and some not, some none."""
+    for opt in optimizers:
+        for index, p in enumerate(params_of(opt)):
+            if not p.requires_grad or (index + step) % 13 == 0:
+                p.grad = None
+                continue
+            grad = torch.full_like(p, 0.5 + (index + step) % 5).detach()
+            if p.ndim == 2 and (index + step) % 10 == 6:
+                grad = grad.t().contiguous().t()
+            p.grad = grad
+
+
+def warm_pair() -> tuple[Any, Any]:
+    """Ours and torch's after three steps."""
+    pair = optimizer(), optimizer(torch.optim.AdamW)
+    for step in range(3):
+        give_gradients(*pair, step=step)
+        for opt in pair:
+            opt.step()
+    return pair
+
+
+def assert_agree(ours: Any, theirs: Any) -> None:
+    """Weights and states."""
+    tolerance, _ = TOLERANCES["host_logic_in_float64"]
+    pairs = list(zip(params_of(ours), params_of(theirs), strict=True))
+    stored = [(p.detach(), q.detach()) for p, q in pairs]
+    stored += [(ours.state[p][key], value) for p, q in pairs for key, value in theirs.state[q].items()]
+    got, expected = (torch.cat([value.double().flatten() for value in side]) for side in zip(*stored, strict=True))
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_every_kind_of_parameter_and_gradient(watch: str) -> None:
+    """Parameters and gradients of all kinds, which come and go, in groups of all sizes: what torch makes of them."""
+    pair = warm_pair()
+    for step in range(3, 7):
+        give_gradients(*pair, step=step)
+        for opt in pair:
+            opt.step()
+        assert_agree(*pair)
+
+
+def stepped(opt: Any, index: int) -> Any:
+    """The parameter of that index, or the next one that has a gradient, is plain, and holds elements."""
+    fits = (p for p in params_of(opt)[index:] + params_of(opt) if p.grad is not None and p.numel() and p.ndim)
+    return next(p for p in fits if type(p) is torch.nn.Parameter)
+
+
+def replace_entry(opt: Any, p: Any) -> None:
+    """Another dict in the place of its state."""
+    opt.state[p] = {key: value.clone() for key, value in opt.state[p].items()}
+
+
+def replace_moment(opt: Any, p: Any) -> None:
+    """Another tensor in the place of a moment."""
+    opt.state[p]["exp_avg"] = torch.full_like(opt.state[p]["exp_avg"], 0.25)
+
+
+def thaw(opt: Any, p: Any) -> None:
+    """A parameter that was frozen gets its first gradient."""
+    first = next(q for q in params_of(opt) if not q.requires_grad and q.numel())
+    first.grad = torch.ones_like(first)
+
+
+def set_attribute(name: str, make: Callable[[Any], Any]) -> Callable[[Any, Any], None]:
+    """A change of a parameter."""
+    return lambda opt, p: setattr(p, name, make(p))
+
+
+CHANGES: dict[str, Callable[[Any, Any], Any]] = {
+    "weights-elsewhere": set_attribute("data", lambda p: p.data.clone()),
+    "weights-transposed": set_attribute(
+        "data", lambda p: p.data.t().contiguous().t() if p.ndim == 2 else p.data.flip(0)
+    ),
+    "gradient-transposed": set_attribute("grad", lambda p: p.grad.t().contiguous().t()),
+    "no-gradient": set_attribute("grad", lambda p: None),
+    "first-gradient": thaw,
+    "moment-elsewhere": lambda opt, p: setattr(opt.state[p]["exp_avg"], "data", opt.state[p]["exp_avg"].data.clone()),
+    "moment-replaced": replace_moment,
+    "moment-set": lambda opt, p: opt.state[p]["exp_avg_sq"].set_(opt.state[p]["exp_avg_sq"].clone()),
+    "entry-replaced": replace_entry,
+    "entry-gone": lambda opt, p: opt.state.pop(p),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_anywhere_is_noticed(change: str, place: int) -> None:
+    """Whatever changed, and whoever looked at it: torch's optimizer, after the same change, has the same weights."""
+    pair = warm_pair()
+    give_gradients(*pair, step=3)
+    for opt in pair:
+        CHANGES[change](opt, stepped(opt, place))
+    for step in range(4, 6):
+        for opt in pair:
+            opt.step()
+        assert_agree(*pair)
+        give_gradients(*pair, step=step)
+
+
+def test_versions_are_counted() -> None:
+    """A step counts every parameter that has a gradient as written, once, and no other."""
+    opt, _ = warm_pair()
+    give_gradients(opt, step=3)
+    before = [p._version for p in params_of(opt)]
+    opt.step()
+    after = [p._version for p in params_of(opt)]
+    expected = [version + (p.grad is not None) for version, p in zip(before, params_of(opt), strict=True)]
+    assert after == expected
+
+
+def test_nothing_is_held_after_a_step(watch: str) -> None:
+    """References are counted right by whichever thread: none is left, and none too many is given back."""
+    opt, _ = warm_pair()
+    before = [sys.getrefcount(p) for p in params_of(opt)]
+    for step in range(3, 40):
+        give_gradients(opt, step=step)
+        opt.step()
+    assert [sys.getrefcount(p) for p in params_of(opt)] == before
+    gradients = [weakref.ref(p.grad) for p in params_of(opt) if p.grad is not None]
+    opt.zero_grad()
+    gc.collect()
+    assert len(gradients) > COUNT // 2
+    assert not any(gradient() is not None for gradient in gradients)
+
+
+def test_one_gradient_of_all(watch: str) -> None:
+    """All parameters share one gradient, whose references all threads count."""
+    params = [torch.nn.Parameter(torch.full((3,), 0.5, dtype=torch.float64)) for _ in range(COUNT)]
+    gradient = torch.linspace(-1, 1, 3, dtype=torch.float64)
+    opt, theirs = (
+        FusedAdamW(params, **HYPER),
+        torch.optim.AdamW([torch.nn.Parameter(params[0].detach().clone())], **HYPER),
+    )
+    before = sys.getrefcount(gradient)
+    for _ in range(30):
+        for p in (*params, *params_of(theirs)):
+            p.grad = gradient
+        opt.step()
+        theirs.step()
+        for p in (*params, *params_of(theirs)):
+            p.grad = None
+        assert sys.getrefcount(gradient) == before
+    tolerance, _ = TOLERANCES["host_logic_in_float64"]
+    for p in params:
+        torch.testing.assert_close(p, params_of(theirs)[0], rtol=tolerance, atol=tolerance)
+
+
+def test_parameters_that_are_listed_twice(watch: str) -> None:
+    """They step once (torch warns of them), and their references are counted by one thread at a time."""
+    params = [torch.nn.Parameter(torch.full((3,), 0.5, dtype=torch.float64)) for _ in range(COUNT)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opt = FusedAdamW([*params, *params], **HYPER)
+    once = FusedAdamW([torch.nn.Parameter(params[0].detach().clone())], **HYPER)
+    counts = []
+    for _ in range(30):
+        for p in (*params, *params_of(once)):
+            p.grad = torch.linspace(-1, 1, 3, dtype=torch.float64)
+        opt.step()
+        once.step()
+        counts.append([sys.getrefcount(p) for p in params])
+    assert all(count == counts[0] for count in counts)
+    assert all(torch.equal(p, params_of(once)[0]) for p in params)
+
+
+def test_a_tensor_of_the_state_cannot_be_swapped() -> None:
+    """Warm steps look at a state tensor's implementation, not for it: torch swaps none that somebody has an eye on."""
+    if tensor_watch.load_native()[0] is None:
+        pytest.skip(tensor_watch.load_native()[1])
+    opt, _ = warm_pair()
+    give_gradients(opt, step=3)
+    p = stepped(opt, 0)
+    moment = opt.state[p]["exp_avg"]
+    with pytest.raises(RuntimeError, match="weak"):
+        torch.utils.swap_tensors(moment, torch.zeros_like(moment))
+    opt.step()
