@@ -59,7 +59,7 @@ format: $(VENV)/.installed
 # The native path under AddressSanitizer and UndefinedBehaviorSanitizer: a copy of the package with a build of its own.
 # First a deliberate overrun, which must be caught; then the tests of the native path.
 SANITIZED := build/sanitized
-SANITIZED_TESTS := tests/test_bits.py tests/test_layouts.py tests/test_citizen.py tests/test_whole_step.py tests/test_formats.py tests/test_sgdw.py
+SANITIZED_TESTS := tests/test_bits.py tests/test_layouts.py tests/test_citizen.py tests/test_many_tensors.py tests/test_whole_step.py tests/test_formats.py tests/test_sgdw.py
 SANITIZERS := $(foreach library,asan ubsan stdc++,$(shell gcc -print-file-name=lib$(library).so))
 SANITIZED_PYTHON := PYTHONPATH=. PYTHONMALLOC=malloc LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
   UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(abspath $(BIN))/python
@@ -72,7 +72,7 @@ sanitize: $(VENV)/.installed
 	rm -rf $(SANITIZED)/tests && cp -r tests pyproject.toml $(SANITIZED)/
 	cp adamw_kernels/*.py $(SANITIZED)/adamw_kernels/
 	cd $(SANITIZED) && ! $(SANITIZED_PYTHON) tests/sanitizer_canary.py 2>canary.log && grep -q heap-buffer-overflow canary.log
-	cd $(SANITIZED) && $(SANITIZED_PYTHON) -m pytest -q -n 2 -k "cpu and not hypothesis" $(SANITIZED_TESTS)
+	cd $(SANITIZED) && $(SANITIZED_PYTHON) -m pytest -q -n 2 -k "(cpu or many_tensors) and not hypothesis" $(SANITIZED_TESTS)
 
 wheel: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheels .

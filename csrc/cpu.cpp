@@ -65,7 +65,9 @@ std::atomic<bool> in_forked_child{false};
 [[maybe_unused]] const int fork_handler =
     pthread_atfork(nullptr, nullptr, [] { in_forked_child.store(true, std::memory_order_relaxed); });
 
-// A thread is worth waking from about this many elements on (a few microseconds of work).
+// Two threads are worth waking from about twice this many elements on (a few microseconds of work each), and every
+// further one from a quarter. All are woken or none: with teams of another size than torch's, GNU OpenMP ends threads
+// and starts others again and again, which takes milliseconds where there are sixteen.
 constexpr int64_t kElementsPerThread = 1 << 14;
 
 // Chunks a thread takes at a time: enough to amortise the shared counter when tensors are tiny.
@@ -92,12 +94,13 @@ void cpu_step(const void* table_address, int64_t stages, int isa, int num_thread
   };
 
   const auto* rows = reinterpret_cast<const TensorRow*>(table.rows);
-  const int64_t enough = std::max(num_threads * kElementsPerThread, kCachedElements + 1);
+  const int64_t shared = std::max(2 * kElementsPerThread, num_threads * kElementsPerThread / 4);
+  const int64_t enough = std::max(shared, kCachedElements + 1);
   int64_t elements = 0;
   for (int64_t i = 0; i < table.num_tensors && elements < enough; ++i) {
     elements += rows[i].numel + 64;  // a tensor costs something even when it is tiny
   }
-  int threads = static_cast<int>(std::min<int64_t>(num_threads, elements / kElementsPerThread));
+  int threads = elements < shared ? 1 : num_threads;
   if (in_forked_child.load(std::memory_order_relaxed)) threads = 1;
 
 #ifdef _OPENMP

@@ -38,14 +38,18 @@ constexpr int64_t kEmptyGradient = 16;
   return true;
 }
 
-// Calls `work` for parts of `count` items, on as many of torch's threads as they are worth, and waits for all.
+// Calls `work` for parts of `count` items, on as many of torch's threads as they are worth, and waits for all. torch
+// wakes every thread that it has, whatever few get a part (teams of different sizes make GNU OpenMP end threads and
+// start others): on machines with many, that takes more items than it would on one with two.
 template <typename Work>
 void share(size_t count, int64_t items_per_thread, const Work& work) {
-  if (in_forked_child.load(std::memory_order_relaxed)) {
+  const int64_t items = static_cast<int64_t>(count), threads = at::get_num_threads();
+  if (items <= std::max(items_per_thread, threads * items_per_thread / 8) ||
+      in_forked_child.load(std::memory_order_relaxed)) {
     if (count > 0) work(0, count);
     return;
   }
-  at::parallel_for(0, static_cast<int64_t>(count), items_per_thread,
+  at::parallel_for(0, items, items_per_thread,
                    [&](int64_t begin, int64_t end) { work(static_cast<size_t>(begin), static_cast<size_t>(end)); });
 }
 
