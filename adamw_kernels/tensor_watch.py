@@ -41,7 +41,8 @@ EMPTY_GRADIENT = 16
 NO_ROW = 0
 ALWAYS_ODD = -1
 
-# Another of torch's threads is worth waking for about this many parameters (some 50 microseconds of looking at them).
+# How many parameters are worth another thread's while (some 50 microseconds of looking at them). torch wakes all that
+# it has: each must come to an eighth as many.
 PARAMS_PER_THREAD = 512
 
 

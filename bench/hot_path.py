@@ -59,12 +59,12 @@ INSTRUCTIONS: dict[tuple[str, str], Count] = {
         Count("bfloat16-split32/float32", "element", 9.1, 7.89),
         Count("bfloat16-split24/8bit", "element", 54, 46.9),
         Count("bfloat16-stochastic/8bit", "element", 49.5, 43.1),
-        Count("tensors", "tensor", 1000, 866),
+        Count("tensors", "tensor", 1000, 870),
         Count("tensors", "step", 24000, 20600),
-        Count("tensors-moved", "tensor", 2950, 2571),
-        Count("tensors-no-kernels", "tensor", 690, 595),
-        Count("dtensors", "tensor", 1330, 1158),
-        Count("groups", "tensor", 1420, 1232),
+        Count("tensors-moved", "tensor", 2950, 2575),
+        Count("tensors-no-kernels", "tensor", 650, 565),
+        Count("dtensors", "tensor", 1090, 946),
+        Count("groups", "tensor", 1420, 1238),
         Count("groups-scheduled", "tensor", 14600, 12630),
     )
 }

@@ -65,16 +65,16 @@ std::atomic<bool> in_forked_child{false};
 [[maybe_unused]] const int fork_handler =
     pthread_atfork(nullptr, nullptr, [] { in_forked_child.store(true, std::memory_order_relaxed); });
 
-// Two threads are worth waking from about twice this many elements on (a few microseconds of work each), and every
-// further one from a quarter. All are woken or none: with teams of another size than torch's, GNU OpenMP ends threads
-// and starts others again and again, which takes milliseconds where there are sixteen.
+// Threads are woken for twice this many elements (a few microseconds of work for each of two), and at least a quarter
+// for each. All are woken or none: with teams of another size than torch's, GNU OpenMP ends threads and starts others
+// again and again, which takes milliseconds where there are sixteen.
 constexpr int64_t kElementsPerThread = 1 << 14;
 
 // Chunks a thread takes at a time: enough to amortise the shared counter when tensors are tiny.
 constexpr int64_t kMaxGrain = 16;
 
-// Up to this many elements in all, each thread gets the same share on every step instead: its cache still holds what it
-// wrote the step before, which is worth more than an even load.
+// Up to this many elements in all, each thread gets the same chunks on every step instead: its cache still holds what
+// it wrote the step before. Only where no tensor is much larger than the others, or the load would be uneven.
 constexpr int64_t kCachedElements = 1 << 18;
 
 }  // namespace
@@ -96,10 +96,13 @@ void cpu_step(const void* table_address, int64_t stages, int isa, int num_thread
   const auto* rows = reinterpret_cast<const TensorRow*>(table.rows);
   const int64_t shared = std::max(2 * kElementsPerThread, num_threads * kElementsPerThread / 4);
   const int64_t enough = std::max(shared, kCachedElements + 1);
-  int64_t elements = 0;
+  int64_t elements = 0, largest = 0;
   for (int64_t i = 0; i < table.num_tensors && elements < enough; ++i) {
-    elements += rows[i].numel + 64;  // a tensor costs something even when it is tiny
+    const int64_t cost = rows[i].numel + 64;  // a tensor costs something even when it is tiny
+    elements += cost;
+    largest = std::max(largest, cost);
   }
+  const bool is_even = elements <= kCachedElements && largest * table.num_tensors <= 2 * elements;
   int threads = elements < shared ? 1 : num_threads;
   if (in_forked_child.load(std::memory_order_relaxed)) threads = 1;
 
@@ -127,7 +130,7 @@ void cpu_step(const void* table_address, int64_t stages, int isa, int num_thread
         const int64_t count = omp_get_num_threads(), self = omp_get_thread_num();
         loops.prepare(table_address, table.num_tensors * self / count, table.num_tensors * (self + 1) / count);
 #pragma omp barrier
-        if (elements <= kCachedElements) {
+        if (is_even) {
           loops.update(table_address, table.num_chunks * self / count, table.num_chunks * (self + 1) / count);
         } else {
 #pragma omp for schedule(dynamic, 1) nowait

@@ -38,13 +38,21 @@ constexpr int64_t kEmptyGradient = 16;
   return true;
 }
 
+// Where references are not counted by thread, and the threads are this caller's own: a task in a pool that all callers
+// share might wait for the GIL.
+#if AT_PARALLEL_OPENMP && !defined(Py_REF_DEBUG)
+constexpr bool kCanShare = true;
+#else
+constexpr bool kCanShare = false;
+#endif
+
 // Calls `work` for parts of `count` items, on as many of torch's threads as they are worth, and waits for all. torch
 // wakes every thread that it has, whatever few get a part (teams of different sizes make GNU OpenMP end threads and
 // start others): on machines with many, that takes more items than it would on one with two.
 template <typename Work>
 void share(size_t count, int64_t items_per_thread, const Work& work) {
   const int64_t items = static_cast<int64_t>(count), threads = at::get_num_threads();
-  if (items <= std::max(items_per_thread, threads * items_per_thread / 8) ||
+  if (!kCanShare || items <= std::max(items_per_thread, threads * items_per_thread / 8) ||
       in_forked_child.load(std::memory_order_relaxed)) {
     if (count > 0) work(0, count);
     return;
@@ -95,6 +103,7 @@ void TensorWatch::snapshot_params(PyObject* param_groups, const std::vector<int6
       const Ref own_descriptor(PyObject_GetAttr(reinterpret_cast<PyObject*>(Py_TYPE(object)), str_grad_.get()));
       if (!own_descriptor) PyErr_Clear();
       param.plain_grad = own_descriptor.get() == grad_descriptor_;
+      has_properties_ = has_properties_ || !param.plain_grad;
       // One that is listed twice is left to one thread, which counts its references.
       param.reads_suffice = param.plain_grad && slot >= 0 && seen.insert(object).second;
       param.autograd = impl_of(object)->autograd_meta();
@@ -212,14 +221,17 @@ void TensorWatch::release() {
       prefetch(params_[index + kAhead].object);
       prefetch(params_[index + kAhead].grad);
     }
-    Param& param = params_[index];
-    if (!param.is_held) continue;
-    // What they refer to may be freed here, which may run anybody's code, and even come here again.
-    param.is_held = false;
-    if (param.grad != nullptr) OwnedTensor::reclaim(param.grad);
-    Py_DECREF(param.object);
+    let_go(&params_[index]);
   }
   is_holding_ = false;
+}
+
+// What it refers to may be freed here, which may run anybody's code, and even come here again.
+void TensorWatch::let_go(Param* param) {
+  if (!param->is_held) return;
+  param->is_held = false;
+  OwnedTensor::reclaim(param->grad);
+  Py_DECREF(param->object);
 }
 
 // --- what is compared ------------------------------------------------------------------------------------------------
@@ -359,6 +371,7 @@ inline bool TensorWatch::read_quickly(Param* param, PyObject* object) const {
   if (param->slot == nullptr) return false;
   const c10::TensorImpl* grad_local = grad.unsafeGetTensorImpl();
   if (param->sharding && !find_shards(param, object, &local, &grad_local)) return false;
+  // Of other keys, compare() would ask what may run Python.
   if (!has_same_memory(*param, local) || !has_alike_keys(*param, grad_local)) return false;
   if (write_address(param, grad_local) != Grad::kFits) return false;
   hold(param, object, grad);
@@ -382,9 +395,10 @@ bool TensorWatch::read_param(size_t index, PyObject* object, std::vector<int64_t
   Param& param = params_[index];
   const Ref held(Py_NewRef(object));
   at::Tensor read;
-  const at::Tensor* grad = find_grad(str_grad_.get(), param, object, &read);
-  if (grad == nullptr) return false;
-  if (!grad->defined()) {
+  const at::Tensor* found = find_grad(str_grad_.get(), param, object, &read);
+  if (found == nullptr) return false;
+  const at::Tensor grad = *found;  // what follows may run Python, which may give it another
+  if (!grad.defined()) {
     if (param.slot != nullptr) *param.slot = 0;
     if (param.slot == nullptr && param.has_row) odd->push_back(-1 - static_cast<int64_t>(index));
     return true;
@@ -396,14 +410,17 @@ bool TensorWatch::read_param(size_t index, PyObject* object, std::vector<int64_t
     if (!local || !has_same_memory(param, impl_of(local.get()))) return false;
     if (param.sharding) {
       if (Ref(dtensors_.spec_of(object)).get() != param.sharding->spec) return false;
-      result = read_dtensor_grad(&param, object, *grad);
+      result = read_dtensor_grad(&param, object, grad);
     } else {
-      result = write_address(&param, grad->unsafeGetTensorImpl());
+      result = write_address(&param, grad.unsafeGetTensorImpl());
     }
   }
   if (result == Grad::kChanged) return false;
   if (result == Grad::kNeedsPython) odd->push_back(static_cast<int64_t>(index));
-  hold(&param, object, *grad);
+  // Python may have come here again, held it, or released all.
+  let_go(&param);
+  is_holding_ = true;
+  hold(&param, object, grad);
   return true;
 }
 
@@ -426,7 +443,7 @@ bool TensorWatch::find_lists(PyObject* param_groups) {
   return PyList_GET_SIZE(param_groups) == static_cast<Py_ssize_t>(groups_.size());
 }
 
-// The parameters from `begin` to `end`. False: some are left to read_param(), and marked.
+// The parameters from `begin` to `end` that have no property to read. False: some are left to read_param(), and marked.
 bool TensorWatch::read_params(size_t begin, size_t end) {
   const auto is_before = [](size_t index, const Group& group) { return index < group.begin; };
   auto group = std::upper_bound(groups_.begin(), groups_.end(), begin, is_before) - 1;
@@ -436,7 +453,12 @@ bool TensorWatch::read_params(size_t begin, size_t end) {
     if (index + kAhead < end) prefetch_param(params_[index + kAhead]);
     Param& param = params_[index];
     PyObject* object = group->objects[index - group->begin];
-    param.is_left = object != param.object || !param.reads_suffice || !read_quickly(&param, object);
+    param.is_left = object != param.object || (param.plain_grad && !param.reads_suffice);
+    try {
+      param.is_left = param.is_left || (param.reads_suffice && !read_quickly(&param, object));
+    } catch (const std::exception&) {  // memory that may not be written here, or is copied first
+      param.is_left = true;
+    }
     all = all && !param.is_left;
   }
   return all;
@@ -497,7 +519,11 @@ bool TensorWatch::items_unchanged(size_t begin, size_t end) const {
       impl = impl_of(local);
     }
     if (impl->key_set().has(DispatchKey::Python)) return false;  // may run Python to tell its size
-    if (!has_place(seen, impl)) return false;
+    try {
+      if (!has_place(seen, impl)) return false;
+    } catch (const std::exception&) {  // memory that is copied first
+      return false;
+    }
   }
   return true;
 }
@@ -534,11 +560,18 @@ bool TensorWatch::look_through(PyObject* state) {
 }
 
 bool TensorWatch::all_unchanged(PyObject* param_groups, PyObject* state, std::vector<int64_t>* odd) {
+  // What a property does happens before anything else is compared.
+  if (has_properties_) {
+    for (Param& param : params_) param.is_left = !param.plain_grad;
+    if (!PyList_Check(param_groups) || !read_left_params(param_groups, odd)) return false;
+  }
   const bool is_unwritten = state == guarded_ && guard_.is_unwritten();
   if (!find_lists(param_groups)) return false;
   const size_t count = params_.size(), items = is_unwritten ? state_items_.size() : 0;
   std::atomic<bool> is_same{is_unwritten}, is_read{true};
+  parts_ = 0;
   share(count, params_per_thread_, [&](size_t begin, size_t end) {
+    ++parts_;
     if (!items_unchanged(items * begin / count, items * end / count)) is_same = false;
     if (!read_params(begin, end)) is_read = false;
   });
@@ -569,8 +602,9 @@ PyObject* TensorWatch::sweep(PyObject* param_groups, PyObject* state) {
   return positions;
 }
 
+// Takes a tenth of the sweep's time: to wake threads again is worth it for several times as many.
 void TensorWatch::bump_versions() {
-  share(params_.size(), params_per_thread_, [this](size_t begin, size_t end) {
+  share(params_.size(), 4 * params_per_thread_, [this](size_t begin, size_t end) {
     for (size_t index = begin; index < end; ++index) {
       if (index + kAhead < end && params_[index + kAhead].is_held) {
         const Param& later = params_[index + kAhead];

@@ -14,10 +14,11 @@
 // What a warm step costs on the host is mostly the cache lines that are touched here, which other work of the step
 // before has displaced: what is remembered of a tensor is kept small, sizes are remembered once for all tensors that
 // share them, and what is compared is fetched ahead. All is read first without a call that could run Python, and so on
-// all of torch's threads, each of which finds its part in its own cache from step to step. What that does not settle
-// (properties, whatever does not fit) the caller looks at afterwards.
+// all of torch's threads, each of which finds most of its part in its own cache from step to step. What that does not
+// settle the caller looks at afterwards. Only properties named grad, which may run anybody's code, are read before.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -35,7 +36,8 @@ class TensorWatch {
   // `slots[i]`: where the address of parameter i's gradient goes; 0: the parameter has no row in any table;
   // -1: it has one, but Python reads it (complex).
   // `grad_dtypes[i]`: the torch.dtype that the table expects of its gradient, or None.
-  // `params_per_thread`: how many are worth waking another of torch's threads for.
+  // `params_per_thread`: how many are worth another thread's while. torch wakes all that it has, each of which takes an
+  // eighth as many.
   // Throws std::invalid_argument when a tensor cannot be read.
   TensorWatch(PyObject* param_groups, PyObject* state, PyObject* state_keys, const std::vector<int64_t>& slots,
               const std::vector<PyObject*>& grad_dtypes, int64_t params_per_thread);
@@ -55,6 +57,9 @@ class TensorWatch {
   // Lets the tensors of the last sweep go.
   void release();
 
+  // How many threads had a part in the last sweep.
+  int64_t parts() const { return parts_; }
+
  private:
   using TensorImpl = c10::TensorImpl;
   using OwnedTensor = c10::intrusive_ptr<TensorImpl, c10::UndefinedTensorImpl>;
@@ -71,7 +76,7 @@ class TensorWatch {
     const void* grad_local = nullptr;
     const void* grad_impl = nullptr;
   };
-  struct Param {                 // two cache lines
+  struct Param {
     PyObject* object = nullptr;  // borrowed and compared only, unless is_held
     TensorImpl* grad = nullptr;  // the last gradient: owned if is_held, else a hint
     int64_t* slot = nullptr;     // where its gradient's address goes, or nullptr
@@ -97,7 +102,6 @@ class TensorWatch {
     caffe2::TypeMeta grad_dtype;
     c10::Device device = c10::kCPU;
   };
-  static_assert(sizeof(Param) <= 128, "a parameter more than two cache lines");
   struct StateItem {  // one tensor of a parameter's state
     // Keeps the implementation's address from being used anew, not the memory it points to.
     WeakTensor impl;
@@ -130,6 +134,7 @@ class TensorWatch {
   void snapshot_state(PyObject* state, PyObject* state_keys);
   void guard_state(PyObject* state);
   static void hold(Param* param, PyObject* object, const at::Tensor& grad);
+  static void let_go(Param* param);
   void drop();
   static const at::Tensor* find_grad(PyObject* name, const Param& param, PyObject* object, at::Tensor* read);
   static void prefetch_param(const Param& param);
@@ -167,7 +172,9 @@ class TensorWatch {
   std::vector<const void*> state_locals_;  // hints: shards' objects, as far as any item is a DTensor
   const PyObject* guarded_ = nullptr;      // the state that guard_ is of, compared only
   DictGuard<DictsOf::kState> guard_;
-  bool is_holding_ = false;  // anything, between sweep() and release()
+  bool has_properties_ = false;  // named grad, which may run anybody's code
+  bool is_holding_ = false;      // anything, between sweep() and release()
+  std::atomic<int64_t> parts_{0};
   Ref str_grad_{PyUnicode_InternFromString("grad")};
   Ref str_params_{PyUnicode_InternFromString("params")};
 };

@@ -35,7 +35,8 @@ PYBIND11_MODULE(_tensor_watch, m) {
           py::arg("param_groups"), py::arg("state"),
           "Writes every slot. None if anything but gradients' addresses changed, else the positions to look at.")
       .def("bump_versions", &TensorWatch::bump_versions, "Tells autograd that the last sweep's parameters are written.")
-      .def("release", &TensorWatch::release, "Lets the last sweep's tensors go.");
+      .def("release", &TensorWatch::release, "Lets the last sweep's tensors go.")
+      .def_property_readonly("parts", &TensorWatch::parts, "How many threads had a part in the last sweep.");
   py::class_<GroupGuard>(m, "GroupGuard", "Tells whether an optimizer's groups were written since they were read.")
       .def(py::init<>())
       .def(

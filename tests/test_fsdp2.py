@@ -78,9 +78,11 @@ def on_two_threads(rank: int) -> None:
     threads, per_thread = torch.get_num_threads(), tensor_watch.PARAMS_PER_THREAD
     torch.set_num_threads(2)
     tensor_watch.PARAMS_PER_THREAD = 1
-    every_format(rank)
-    tensor_watch.PARAMS_PER_THREAD = per_thread
-    torch.set_num_threads(threads)
+    try:
+        every_format(rank)
+    finally:
+        tensor_watch.PARAMS_PER_THREAD = per_thread
+        torch.set_num_threads(threads)
 
 
 @scenario

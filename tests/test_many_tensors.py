@@ -51,10 +51,10 @@ class Wrapped(torch.nn.Parameter):
 
 def parameter(index: int) -> torch.nn.Parameter:
     """One of every kind, in float64: 0 to 2 dimensions, none of its elements, transposed, with a property."""
-    shape = ((), (3,), (2, 3), (0, 2))[index % 4]
+    shape = (2, 3) if index in PLACES else ((), (3,), (2, 3), (0, 2))[index % 4]
     value = torch.linspace(0.1, 1, max(1, torch.Size(shape).numel()), dtype=torch.float64) + index % 17
     value = value[: torch.Size(shape).numel()].reshape(shape)
-    if index % 12 == 2:
+    if index % 12 == 2 and index not in PLACES:
         value = value.t()
     return Wrapped(value) if index % 41 == 5 else torch.nn.Parameter(value)
 
@@ -63,7 +63,7 @@ def optimizer(cls: Any = FusedAdamW) -> Any:
     """Of many parameters in groups of every size, one of them empty; some are frozen."""
     params = [parameter(index) for index in range(COUNT)]
     for index, p in enumerate(params):
-        p.requires_grad_(index % 31 != 7)
+        p.requires_grad_(index in PLACES or index % 31 != 7)
     cuts = [0, 1, 1, 30, 31, COUNT // 2 + 5, COUNT]
     return cls([{"params": params[a:b]} for a, b in zip(cuts, cuts[1:], strict=False)], **HYPER)
 
@@ -77,11 +77,11 @@ def give_gradients(*optimizers: Any, step: int) -> None:
     """The same to all: new tensors, some as the parameter lies in memory and some not, some none."""
     for opt in optimizers:
         for index, p in enumerate(params_of(opt)):
-            if not p.requires_grad or (index + step) % 13 == 0:
+            if not p.requires_grad or (index not in PLACES and (index + step) % 13 == 0):
                 p.grad = None
                 continue
             grad = torch.full_like(p, 0.5 + (index + step) % 5).detach()
-            if p.ndim == 2 and (index + step) % 10 == 6:
+            if p.ndim == 2 and index not in PLACES and (index + step) % 10 == 6:
                 grad = grad.t().contiguous().t()
             p.grad = grad
 
@@ -116,10 +116,13 @@ def test_every_kind_of_parameter_and_gradient(watch: str) -> None:
         assert_agree(*pair)
 
 
-def stepped(opt: Any, index: int) -> Any:
-    """The parameter of that index, or the next one that has a gradient, is plain, and holds elements."""
-    fits = (p for p in params_of(opt)[index:] + params_of(opt) if p.grad is not None and p.numel() and p.ndim)
-    return next(p for p in fits if type(p) is torch.nn.Parameter)
+def answer(opt: Any) -> Any:
+    """What the watch says of the tensors as they are now: None if the plan must be built anew."""
+    stepper = opt._internals.stepper
+    with torch._C.DisableTorchFunctionSubclass():
+        result = stepper.watch.sweep(stepper.lists, stepper.state)
+    stepper.watch.release()
+    return result
 
 
 def replace_entry(opt: Any, p: Any) -> None:
@@ -133,8 +136,10 @@ def replace_moment(opt: Any, p: Any) -> None:
 
 
 def thaw(opt: Any, p: Any) -> None:
-    """A parameter that was frozen gets its first gradient."""
-    first = next(q for q in params_of(opt) if not q.requires_grad and q.numel())
+    """The frozen parameter after this one gets its first gradient."""
+    params = params_of(opt)
+    place = next(index for index, q in enumerate(params) if q is p)
+    first = next(q for q in params[place:] + params if not q.requires_grad and q.numel())
     first.grad = torch.ones_like(first)
 
 
@@ -145,9 +150,7 @@ def set_attribute(name: str, make: Callable[[Any], Any]) -> Callable[[Any, Any],
 
 CHANGES: dict[str, Callable[[Any, Any], Any]] = {
     "weights-elsewhere": set_attribute("data", lambda p: p.data.clone()),
-    "weights-transposed": set_attribute(
-        "data", lambda p: p.data.t().contiguous().t() if p.ndim == 2 else p.data.flip(0)
-    ),
+    "weights-transposed": set_attribute("data", lambda p: p.data.t().contiguous().t()),
     "gradient-transposed": set_attribute("grad", lambda p: p.grad.t().contiguous().t()),
     "no-gradient": set_attribute("grad", lambda p: None),
     "first-gradient": thaw,
@@ -165,13 +168,130 @@ def test_a_change_anywhere_is_noticed(change: str, place: int) -> None:
     """Whatever changed, and whoever looked at it: torch's optimizer, after the same change, has the same weights."""
     pair = warm_pair()
     give_gradients(*pair, step=3)
+    before = answer(pair[0])
+    assert before is not None and place not in before
     for opt in pair:
-        CHANGES[change](opt, stepped(opt, place))
+        CHANGES[change](opt, params_of(opt)[place])
+    after = answer(pair[0])
+    if change == "gradient-transposed":
+        assert place in after
+    elif change == "no-gradient":
+        assert after is not None
+    else:
+        assert after is None
     for step in range(4, 6):
         for opt in pair:
             opt.step()
         assert_agree(*pair)
         give_gradients(*pair, step=step)
+
+
+def few(count: int = 3) -> list[Any]:
+    """Parameters with gradients."""
+    params: list[Any] = [torch.nn.Parameter(torch.full((3,), 0.5, dtype=torch.float64)) for _ in range(count)]
+    for p in params:
+        p.grad = torch.linspace(-1, 1, 3, dtype=torch.float64)
+    return params
+
+
+@pytest.mark.parametrize(
+    ("count", "threads", "parts"), [(101, 1, 1), (101, 2, 2), (16, 2, 1), (17, 2, 2), (101, 64, 1), (101, 8, 7)]
+)
+def test_as_many_threads_share_as_it_is_worth(count: int, threads: int, parts: int) -> None:
+    """From so many parameters a thread on, and not where most of the threads would be woken for nothing."""
+    if tensor_watch.load_native()[0] is None:
+        pytest.skip(tensor_watch.load_native()[1])
+    torch.set_num_threads(threads)
+    opt = FusedAdamW(few(count), **HYPER)
+    opt.step()
+    opt.step()
+    assert opt._internals.stepper.watch.parts == parts  # type: ignore[union-attr]
+
+
+class Meddling(torch.nn.Parameter):
+    """A parameter whose property named grad does something else besides."""
+
+    @property
+    def grad(self) -> torch.Tensor | None:
+        """The gradient, elsewhere."""
+        getattr(self, "meddle", lambda: None)()
+        return getattr(self, "kept", None)
+
+    @grad.setter
+    def grad(self, grad: torch.Tensor | None) -> None:
+        self.kept = grad
+
+
+def set_gradient(p: Any, step: int) -> None:
+    """A new gradient."""
+    p.grad = torch.full((3,), 0.5 + step, dtype=torch.float64)
+
+
+MEDDLING: dict[str, Callable[[Any, int], None]] = {
+    "gradient": set_gradient,
+    "no-gradient": lambda p, step: setattr(p, "grad", None if step % 2 else torch.ones(3, dtype=torch.float64)),
+    "weights": lambda p, step: setattr(p, "data", p.data.clone()),
+}
+
+
+def meddle_once(what: str, step: int, others: list[Any]) -> Callable[[], None]:
+    """A function that changes the others when it is called for the first time."""
+    todo = [*others]
+
+    def meddle() -> None:
+        while todo:
+            MEDDLING[what](todo.pop(), step)
+
+    return meddle
+
+
+@pytest.mark.parametrize("what", MEDDLING)
+def test_properties_are_read_before_anything_is_compared(what: str, watch: str) -> None:
+    """A property that changes the other parameters, as one that fetches what was moved away: torch's weights."""
+    pair = []
+    for cls in (FusedAdamW, torch.optim.AdamW):
+        meddling: Any = Meddling(torch.full((3,), 0.5, dtype=torch.float64))
+        pair.append(cls([meddling, *few()], **HYPER))
+    for step in range(6):
+        for opt in pair:
+            first, *others = params_of(opt)
+            set_gradient(first, 0)
+            first.meddle = meddle_once(what, step, others)
+            opt.step()
+        assert_agree(*pair)
+
+
+def test_a_property_that_steps_again(watch: str) -> None:
+    """Nothing is held for good where a property comes back to the same watch."""
+    meddling: Any = Meddling(torch.full((3,), 0.5, dtype=torch.float64))
+    params = [*few(), meddling, *few()]
+    opt = FusedAdamW(params, **HYPER)
+    set_gradient(meddling, 0)
+    opt.step()
+    opt.step()
+    before = [sys.getrefcount(p) for p in params]
+    for _ in range(5):
+        nested = iter([True])
+        meddling.meddle = lambda nested=nested: answer(opt) if next(nested, False) else None
+        opt.step()
+    assert [sys.getrefcount(p) for p in params] == before
+
+
+def test_gradients_that_are_copied_when_written(watch: str) -> None:
+    """A gradient that shares its memory until either is written needs the caller; the plan stays."""
+    params = few(COUNT)
+    opt, theirs = FusedAdamW(params, **HYPER), torch.optim.AdamW(few(1), **HYPER)
+    for step in range(4):
+        gradient = torch.full((3,), 0.5 + step, dtype=torch.float64)
+        for p in (*params, *params_of(theirs)):
+            p.grad = torch._lazy_clone(gradient)
+        if step > 1:
+            assert answer(opt) is not None
+        opt.step()
+        theirs.step()
+    tolerance, _ = TOLERANCES["host_logic_in_float64"]
+    for p in params:
+        torch.testing.assert_close(p, params_of(theirs)[0], rtol=tolerance, atol=tolerance)
 
 
 def test_versions_are_counted() -> None:
@@ -246,8 +366,8 @@ def test_a_tensor_of_the_state_cannot_be_swapped() -> None:
         pytest.skip(tensor_watch.load_native()[1])
     opt, _ = warm_pair()
     give_gradients(opt, step=3)
-    p = stepped(opt, 0)
+    p = params_of(opt)[0]
     moment = opt.state[p]["exp_avg"]
-    with pytest.raises(RuntimeError, match="weak"):
+    with pytest.raises(RuntimeError, match="Expected no weakrefs"):
         torch.utils.swap_tensors(moment, torch.zeros_like(moment))
     opt.step()
