@@ -85,7 +85,7 @@ std::vector<CpuIsa> cpu_isas() {
   return result;
 }
 
-void cpu_step(const void* table_address, int64_t stages, int isa, int num_threads) {
+void cpu_step(const void* table_address, int64_t stages, int isa, [[maybe_unused]] int num_threads) {
   const auto& table = *static_cast<const LaunchTable*>(table_address);
   const CpuLoops& loops = *kIsas[isa].loops;
   const auto decide = [&] {
@@ -93,6 +93,7 @@ void cpu_step(const void* table_address, int64_t stages, int isa, int num_thread
     if (stages & kDecide) loops.decide(table_address);
   };
 
+#ifdef _OPENMP
   const auto* rows = reinterpret_cast<const TensorRow*>(table.rows);
   const int64_t shared = std::max(2 * kElementsPerThread, num_threads * kElementsPerThread / 4);
   const int64_t enough = std::max(shared, kCachedElements + 1);
@@ -103,10 +104,8 @@ void cpu_step(const void* table_address, int64_t stages, int isa, int num_thread
     largest = std::max(largest, cost);
   }
   const bool is_even = elements <= kCachedElements && largest * table.num_tensors <= 2 * elements;
-  int threads = elements < shared ? 1 : num_threads;
-  if (in_forked_child.load(std::memory_order_relaxed)) threads = 1;
-
-#ifdef _OPENMP
+  const bool is_alone = elements < shared || in_forked_child.load(std::memory_order_relaxed);
+  const int threads = is_alone ? 1 : num_threads;
   if (threads > 1) {
     const auto grain_of = [threads](int64_t chunks) {
       return std::clamp<int64_t>(chunks / (threads * 16), 1, kMaxGrain);

@@ -82,15 +82,16 @@ void TensorWatch::let_go(Param* param) {
 
 // --- what is compared ------------------------------------------------------------------------------------------------
 
-// A parameter's .grad, undefined where there is none; nullptr where it cannot be read or is no tensor. What a property
-// of that name answers is kept in `read`. No other is copied: where only Python holds a tensor, that costs more than
-// all the rest, since torch then counts the reference there.
-const at::Tensor* TensorWatch::find_grad(PyObject* name, const Param& param, PyObject* object, at::Tensor* read) {
-  if (param.plain_grad) return &grad_of(impl_of(object));
-  const Ref value(PyObject_GetAttr(object, name));
-  if (!value || (value.get() != Py_None && !THPVariable_Check(value.get()))) return nullptr;
-  if (value.get() != Py_None) *read = THPVariable_Unpack(value.get());
-  return read;
+// A parameter's .grad, undefined where it has none. False where it cannot be read or is no tensor.
+bool TensorWatch::find_grad(const Param& param, PyObject* object, at::Tensor* grad) const {
+  if (param.plain_grad) {
+    *grad = grad_of(impl_of(object));
+    return true;
+  }
+  const Ref value(PyObject_GetAttr(object, str_grad_.get()));
+  if (!value || (value.get() != Py_None && !THPVariable_Check(value.get()))) return false;
+  if (value.get() != Py_None) *grad = THPVariable_Unpack(value.get());
+  return true;
 }
 
 void TensorWatch::prefetch_param(const Param& param) {
@@ -240,10 +241,8 @@ TensorWatch::Grad TensorWatch::read_dtensor_grad(Param* param, PyObject* object,
 bool TensorWatch::read_param(size_t index, PyObject* object, std::vector<int64_t>* odd) {
   Param& param = params_[index];
   const Ref held(Py_NewRef(object));
-  at::Tensor read;
-  const at::Tensor* found = find_grad(str_grad_.get(), param, object, &read);
-  if (found == nullptr) return false;
-  const at::Tensor grad = *found;  // what follows may run Python, which may give it another
+  at::Tensor grad;  // a reference of our own: what follows may run Python, which may give it another
+  if (!find_grad(param, object, &grad)) return false;
   if (!grad.defined()) {
     if (param.slot != nullptr) *param.slot = 0;
     if (param.slot == nullptr && param.has_row) odd->push_back(-1 - static_cast<int64_t>(index));

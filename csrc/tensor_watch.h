@@ -136,7 +136,7 @@ class TensorWatch {
   static void hold(Param* param, PyObject* object, const at::Tensor& grad);
   static void let_go(Param* param);
   void drop();
-  static const at::Tensor* find_grad(PyObject* name, const Param& param, PyObject* object, at::Tensor* read);
+  bool find_grad(const Param& param, PyObject* object, at::Tensor* grad) const;
   static void prefetch_param(const Param& param);
   bool is_sharded_alike(Sharding* sharding, PyObject* grad) const;
   bool has_sizes(const Param& param, const TensorImpl* tensor) const;
@@ -149,7 +149,7 @@ class TensorWatch {
   bool find_shards(Param* param, PyObject* object, const TensorImpl** local, const TensorImpl** grad) const;
   bool read_quickly(Param* param, PyObject* object) const;
   bool read_param(size_t index, PyObject* object, std::vector<int64_t>* odd);
-  PyObject* list_of(PyObject* param_groups, size_t group) const;
+  PyObject* list_of(PyObject* param_groups, size_t index) const;
   bool find_lists(PyObject* param_groups);
   bool read_params(size_t begin, size_t end);
   bool read_left_params(PyObject* param_groups, std::vector<int64_t>* odd);

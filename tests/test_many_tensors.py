@@ -8,6 +8,7 @@ wherever it is. Here they are a hundred, of which a few are worth a thread's whi
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import warnings
 import weakref
@@ -206,6 +207,24 @@ def test_as_many_threads_share_as_it_is_worth(count: int, threads: int, parts: i
     opt.step()
     opt.step()
     assert opt._internals.stepper.watch.parts == parts  # type: ignore[union-attr]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="only Linux lists a process's threads")
+def test_no_thread_ends_between_steps() -> None:
+    """GNU OpenMP ends threads where a team is smaller than the one before, and starts others for the next."""
+    torch.set_num_threads(8)
+    params = [torch.nn.Parameter(torch.ones(1 << 12)) for _ in range(9)]  # worth two threads' while
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt = FusedAdamW(params, backend="cpu", **HYPER)
+    large = torch.ones(1 << 20)
+    opt.step()
+    large.add_(1)
+    threads = set(os.listdir("/proc/self/task"))
+    for _ in range(5):
+        opt.step()
+        large.add_(1)
+        assert threads <= set(os.listdir("/proc/self/task"))
 
 
 class Meddling(torch.nn.Parameter):
