@@ -1,18 +1,26 @@
 """Compiles every Triton kernel that the launcher would launch, for GPUs that this machine need not have.
 
-    python tests/compile_triton.py FILE SHARE TARGET...
+    python tests/compile_triton.py FILE SHARE [--known KEYS] TARGET...
 
 A target is 'sm_90', say, or 'gfx942', and SHARE is '0/2' or '1/2' for one half of the kernels or the other. FILE, in
-JSON, maps a target to a kernel's name to what the compiler made of it: the opcodes of PTX and SASS and what a thread
-takes, or AMD's assembly as text. All targets in one process share what does not depend on them.
+JSON, maps a target to a kernel's name to what the compiler made of it: how often each opcode stands in PTX and SASS or
+in AMD's assembly, a digest of their order, and what a thread takes. All targets in one process share what does not
+depend on them.
+
+With `--known`, each of them has its key as well (`compilation_keys.py`), and those whose key stands in KEYS, a JSON
+file, have only that: they are not compiled.
+
 This runs in a process of its own because the test process may have Triton's interpreter switched on, which cannot be
 undone.
 """
 
+import argparse
+import contextlib
+import hashlib
 import json
 import re
-import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Collection
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +28,8 @@ from typing import Any
 
 import torch
 import triton
-from machine_code import machine_codes, ptx_kernels, resources, sass_of_codes
+from compilation_keys import Keyed, keyed
+from machine_code import amd_numbers, amd_opcodes, machine_codes, ptx_kernels, resources, sass_of_codes
 from triton.backends.compiler import GPUTarget
 from triton_front_end import SharedFrontEnd
 
@@ -138,13 +147,24 @@ def pretend_to_have(target: GPUTarget, device: int, asked: Callable[[], None] = 
     triton.runtime.driver.set_active(driver)
 
 
+def counts(**opcodes: list[str]) -> dict[str, Any]:
+    """How often each opcode stands in these lists, and a digest of the lists themselves."""
+    digest = hashlib.sha256(json.dumps(opcodes, sort_keys=True).encode()).hexdigest()[:16]
+    return {**{kind: dict(sorted(Counter(found).items())) for kind, found in opcodes.items()}, "order": digest}
+
+
 def collect(compiled: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
-    """Everything that tests read about a target's compiled kernels."""
-    if all("amdgcn" in kernel.asm for kernel in compiled.values()):
-        return {name: {"amdgcn": kernel.asm["amdgcn"]} for name, kernel in compiled.items()}
+    """Everything that tests read about a target's compiled kernels; of those that were not, only the key."""
     found: dict[str, dict[str, Any]] = {}
-    codes = []
+    codes = {}
     for name, kernel in compiled.items():
+        found[name] = {"key": kernel.key} if isinstance(kernel, Keyed) else {}
+        if kernel.asm is None:
+            continue
+        if "amdgcn" in kernel.asm:
+            text = kernel.asm["amdgcn"]
+            found[name] |= {**counts(amd=amd_opcodes(text)), "numbers": amd_numbers(text)}
+            continue
         cubin = folder / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
         # There is one kernel in each.
@@ -152,10 +172,12 @@ def collect(compiled: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]
         (taken,) = resources(cubin).values()
         (code,) = machine_codes(kernel.asm["cubin"]).values()
         (architecture,) = set(re.findall(r"(?m)^\.target (sm_\w+)", kernel.asm["ptx"]))
-        found[name] = {"ptx": ptx, "resources": taken}
-        codes.append(code)
-    for name, sass in zip(found, sass_of_codes(codes, architecture, folder), strict=True):
-        found[name]["sass"] = sass
+        found[name]["resources"] = taken
+        codes[name] = (code, ptx)
+    if codes:
+        disassembled = sass_of_codes([code for code, _ in codes.values()], architecture, folder)
+        for (name, (_, ptx)), sass in zip(codes.items(), disassembled, strict=True):
+            found[name] |= counts(ptx=ptx, sass=sass)
     return found
 
 
@@ -177,18 +199,27 @@ def compile_share(first: int, step: int) -> dict[str, Any]:
     return kernels | {f"contracted-{name}": compiled for name, compiled in contracted.items()}
 
 
-def main(output: Path, share: str, targets: list[str]) -> None:
-    """Compile a share of the kernels for every target and write the JSON file."""
+def main(output: Path, share: str, targets: list[str], known: set[str] | None) -> None:
+    """Compile a share of the kernels for every target, but what is known, and write the JSON file."""
     first, step = (int(number) for number in share.split("/"))
     found = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         front_end = SharedFrontEnd(Path(folder))
-        with front_end.installed():
-            for device, target in enumerate(targets):
-                pretend_to_have(gpu_target(target), device, front_end.target_asked)
-                found[target] = collect(compile_share(first, step), Path(folder))
+        stack.enter_context(front_end.installed())
+        if known is not None:
+            stack.enter_context(keyed(known))
+        for device, target in enumerate(targets):
+            pretend_to_have(gpu_target(target), device, front_end.target_asked)
+            found[target] = collect(compile_share(first, step), Path(folder))
     output.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output", type=Path)
+    parser.add_argument("share")
+    parser.add_argument("targets", nargs="+")
+    parser.add_argument("--known", type=Path)
+    arguments = parser.parse_args()
+    keys = set(json.loads(arguments.known.read_text())) if arguments.known else None
+    main(arguments.output, arguments.share, arguments.targets, keys)

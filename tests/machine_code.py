@@ -180,8 +180,8 @@ def amd_opcodes(text: str) -> list[str]:
     return re.findall(r"(?m)^\s+((?:s|v|ds|global|flat|buffer|scratch)_\w+)", text)
 
 
-def amd_metadata(text: str, key: str) -> int:
-    """A number that AMD assembly states about its kernel: a metadata entry or an `.amdhsa_` directive."""
-    values = re.findall(rf"(?m)^\s*\.{key}:?\s+(\d+)\s*$", text)
-    assert len(values) == 1, f"{key} stands there {len(values)} times"
-    return int(values[0])
+def amd_numbers(text: str) -> dict[str, int]:
+    """The numbers that AMD assembly states once about its kernel: metadata entries and `.amdhsa_` directives."""
+    found = re.findall(r"(?m)^\s*\.([a-z]\w*):?[ \t]+(\d+)[ \t]*$", text)
+    times = Counter(name for name, _ in found)
+    return {name: int(value) for name, value in found if times[name] == 1}

@@ -2,26 +2,26 @@
 
 Every kernel that the launcher launches (measure, sum_up, decide, prepare, and update for all dtype combinations and
 formats of the moments, under either rule) is compiled for sm_80, sm_90, sm_100, sm_120 and gfx942 by
-`compile_triton.py`. Division and root are single instructions in PTX, `div.rn` and `sqrt.rn`; the assembler expands
-them to sequences with FFMA inside that round correctly, so "no contraction" is asserted of PTX, where every product and
-sum must carry `.rn`: without it, ptxas may contract them.
+`compile_triton.py`, now or when the record was written that `python tests/triton_record.py` writes anew.
+
+Division and root are single instructions in PTX, `div.rn` and `sqrt.rn`; the assembler expands them to sequences with
+FFMA inside that round correctly, so "no contraction" is asserted of PTX, where every product and sum must carry `.rn`:
+without it, ptxas may contract them.
 """
 
+import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
+import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from machine_code import (
-    amd_metadata,
-    amd_opcodes,
     is_float64_arithmetic,
     is_local_access,
     nvidia_tool,
@@ -31,17 +31,14 @@ from machine_code import (
     sass_wide_products,
 )
 
-import adamw_kernels
 from adamw_kernels.formats import MOMENT_FORMATS, PARAM_DTYPES, compute_dtype, grad_dtypes
 
 pytest.importorskip("triton", reason="compiling Triton kernels needs triton")
 
-from adamw_kernels import triton_kernels  # noqa: E402
+import triton_record  # noqa: E402
+from triton_record import AMD, NVIDIA, TARGETS, Kernels, Record  # noqa: E402
 
-NVIDIA = ["sm_80", "sm_90", "sm_100", "sm_120"]
-AMD = ["gfx942"]
-TARGETS = [*NVIDIA, *AMD]
-PROCESSES = 2  # each with a share of the kernels, for all targets
+from adamw_kernels import triton_kernels  # noqa: E402
 
 # Of a parameter, its gradient, its moments' format, and the rule.
 UPDATES = {
@@ -112,42 +109,41 @@ AMD_FUSED_WITHIN = {
 
 
 @pytest.fixture(scope="session")
-def compilations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """By target, what `compile_triton.py` writes: three minutes and a half of compiling, in two processes."""
-    folder = tmp_path_factory.mktemp("triton")
-    tests = Path(__file__).parent
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(adamw_kernels.__file__).parents[1])
+def record() -> Record:
+    """What the kernels were compiled to when the record was written."""
+    return Record.read()
 
-    def compile_share(number: int) -> dict[str, dict[str, Any]]:
-        output = folder / f"{number}.json"
-        result = subprocess.run(
-            [sys.executable, str(tests / "compile_triton.py"), str(output), f"{number}/{PROCESSES}", *TARGETS],
-            env={**environment, "TRITON_CACHE_DIR": str(folder / f"cache-{number}")},
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, result.stderr
-        found: dict[str, dict[str, Any]] = json.loads(output.read_text())
-        return found
 
-    with ThreadPoolExecutor(PROCESSES) as pool:
-        shares = list(pool.map(compile_share, range(PROCESSES)))
-    return {target: {name: kernel for share in shares for name, kernel in share[target].items()} for target in TARGETS}
+@pytest.fixture(scope="session")
+def compiled_now(record: Record, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """By target, what `compile_triton.py` writes: of all kernels, or of what has changed and of those in their turn."""
+    known = triton_record.known_here(record)
+    compiled = triton_record.compile_kernels(tmp_path_factory.mktemp("triton"), known)
+    recorded = {key for kernels in record.by_key().values() for key in kernels}
+    new = sum(kernel.get("key") not in recorded for kernels in compiled.values() for kernel in kernels.values())
+    if new:
+        warnings.warn(f"{new} kernels are not on record: tests/triton_record.py writes it anew", stacklevel=1)
+    return compiled
+
+
+@pytest.fixture(scope="session")
+def compilations(record: Record, compiled_now: Kernels) -> Kernels:
+    """By target, every kernel: as just compiled or, where its key is the same, as recorded."""
+    return record.filled_in(compiled_now)
 
 
 class NvidiaKernel:
-    """One compiled kernel's opcodes and resources."""
+    """One compiled kernel's opcodes, in the order of the alphabet, and its resources."""
 
     def __init__(self, collected: dict[str, Any]) -> None:
         """Take what `compile_triton.collect` found."""
-        self.ptx: list[str] = collected["ptx"]
-        self.sass: list[str] = collected["sass"]
+        self.ptx = [*Counter(collected["ptx"]).elements()]
+        self.sass = [*Counter(collected["sass"]).elements()]
         self.resources: dict[str, int] = collected["resources"]
 
 
 @pytest.fixture(params=NVIDIA)
-def nvidia(request: pytest.FixtureRequest, compilations: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def nvidia(request: pytest.FixtureRequest, compilations: Kernels) -> dict[str, Any]:
     """The kernels of an NVIDIA target, by name."""
     if nvidia_tool("nvdisasm") is None or nvidia_tool("cuobjdump") is None:
         pytest.skip("reading cubins needs nvdisasm and cuobjdump, which Triton brings along for NVIDIA GPUs")
@@ -155,7 +151,7 @@ def nvidia(request: pytest.FixtureRequest, compilations: dict[str, dict[str, Any
 
 
 @pytest.fixture(params=AMD)
-def amd(request: pytest.FixtureRequest, compilations: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def amd(request: pytest.FixtureRequest, compilations: Kernels) -> dict[str, Any]:
     """The kernels of an AMD target, by name."""
     return compilations[request.param]
 
@@ -205,10 +201,81 @@ def expected_accesses(kernel: str, warp_size: int, widest_load: int = 16) -> dic
     return accesses
 
 
+# --- the record -------------------------------------------------------------------------------------------
+
+
+def test_kernels_come_out_as_recorded(record: Record, compiled_now: Kernels) -> None:
+    """Some on record are compiled for every target all the same, and any difference is one too many."""
+    assert record.disagreements(compiled_now) == []
+    for target in TARGETS:
+        assert any(triton_record.was_compiled(kernel) for kernel in compiled_now[target].values()), target
+
+
+def test_every_kernel_on_record_has_its_turn(record: Record) -> None:
+    """In as many days as there are kernels at most; every day, some for every target."""
+    of_target = [set(kernels) for kernels in record.by_key().values()]
+    turns = [record.in_turn(day) for day in range(800_000, 800_000 + len(of_target[0]))]
+    assert set().union(*turns) == set().union(*of_target)
+    assert all(len(turn & keys) == triton_record.SAMPLE for turn in turns for keys in of_target)
+
+
+def recorded(key: str, **counts: int) -> dict[str, Any]:
+    """A kernel of a record."""
+    return {"key": key, "sass": counts, "order": "1"}
+
+
+def test_a_wrong_record_would_be_noticed() -> None:
+    """Whatever differs under the same key is named; another key is another kernel."""
+    record = Record({}, {"sm_90": {name: recorded(name, FADD=2) for name in ("first", "second", "third")}})
+    now = {
+        "sm_90": {"first": recorded("first", FADD=3), "second": recorded("second", FADD=2), "third": {"key": "third"}}
+    }
+    assert record.disagreements(now) == ["first for sm_90"]
+    now["sm_90"]["first"] = {**recorded("first", FADD=2), "order": "2"}
+    assert record.disagreements(now) == ["first for sm_90"]
+    now["sm_90"]["first"] = recorded("another", FADD=3)
+    assert record.disagreements(now) == []
+
+
+def test_only_what_has_the_same_key_is_taken_from_the_record() -> None:
+    """What was compiled counts as compiled; what was not must be on record, for the same target and under its key."""
+    record = Record({}, {target: {"update": recorded(f"{target} then", FADD=2)} for target in ("sm_80", "sm_90")})
+    now = {"sm_80": {"update": recorded("sm_80 now", FADD=3)}, "sm_90": {"update": {"key": "sm_90 then"}}}
+    assert record.filled_in(now) == {"sm_80": now["sm_80"], "sm_90": record.kernels["sm_90"]}
+    for key in ("sm_90 now", "sm_80 then"):
+        with pytest.raises(KeyError, match=key):
+            record.filled_in({"sm_90": {"update": {"key": key}}})
+
+
+def test_record_of_another_compiler_says_nothing(record: Record) -> None:
+    """Nothing is known where it was made with another Triton, nvdisasm or reader, all but a few kernels otherwise."""
+    here = dataclasses.replace(record, made_with=triton_record.made_with_here())
+    keys = {kernel["key"] for kernels in here.kernels.values() for kernel in kernels.values()}
+    assert triton_record.known_here(here, day=3) == keys - here.in_turn(3) != keys
+    for what in here.made_with:
+        another = dataclasses.replace(here, made_with={**here.made_with, what: "another"})
+        assert triton_record.known_here(another) is None, what
+
+
+def test_keys_follow_the_code(record: Record) -> None:
+    """Every function and constant that a kernel uses is part of its key; what people read alone is not."""
+    if record.made_with["triton"] != triton_record.made_with_here()["triton"]:
+        pytest.skip("keys are made for the Triton that the record is of")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, str(triton_record.TESTS / "triton_key_changes.py")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    changed = json.loads(result.stdout)
+    assert changed.pop("nothing") == changed.pop("prose") == []
+    assert len(changed) > 50
+    assert [what for what, kernels in changed.items() if not kernels] == []
+    assert changed["adamw_kernels.triton_norm.sum_up_kernel"] == ["sum_up"]
+
+
 # --- NVIDIA -----------------------------------------------------------------------------------------------
 
 
-def test_every_kernel_was_compiled(compilations: dict[str, dict[str, Any]]) -> None:
+def test_every_kernel_was_compiled(compilations: Kernels) -> None:
     """On every target there is one update for each combination, one of the others, and the counterexamples."""
     updates = [f"{rule}-float32-float32-float32" for rule in RULES]
     contracted = {f"contracted-{name}" for name in [*SINGLE_KERNELS, *updates]}
@@ -323,6 +390,15 @@ def test_random_words_take_one_product_a_round(nvidia: dict[str, Any], name: str
 # --- AMD --------------------------------------------------------------------------------------------------
 
 
+class AmdKernel:
+    """One compiled kernel's opcodes, in the order of the alphabet, and the numbers that stand beside them."""
+
+    def __init__(self, collected: dict[str, Any]) -> None:
+        """Take what `compile_triton.collect` found."""
+        self.opcodes = [*Counter(collected["amd"]).elements()]
+        self.numbers: dict[str, int] = collected["numbers"]
+
+
 def amd_fused(opcodes: list[str], width: str) -> int:
     """How many fused multiply-adds of this width there are."""
     fused = re.compile(rf"v_(pk_)?(?:fma|fmac|mad|mac)_(?:legacy_)?{width}\w*")
@@ -340,11 +416,11 @@ def amd_fused_within_division_and_root(opcodes: list[str], width: str) -> int:
 @pytest.mark.parametrize("name", KERNELS)
 def test_amd_nothing_is_spilled_and_registers_are_few(amd: dict[str, Any], name: str) -> None:
     """No scratch memory, no spilled vector register, and no more of them than MAX_VECTOR_REGISTERS grants."""
-    text = amd[name]["amdgcn"]
-    assert amd_metadata(text, "vgpr_spill_count") == 0
-    assert amd_metadata(text, "sgpr_spill_count") <= (MAX_SCALARS_IN_LANES if name in UPDATES else 0)
-    assert amd_metadata(text, "private_segment_fixed_size") == 0
-    assert 0 < amd_metadata(text, "vgpr_count") <= bound_of(name, MAX_VECTOR_REGISTERS)
+    numbers = AmdKernel(amd[name]).numbers
+    assert numbers["vgpr_spill_count"] == 0
+    assert numbers["sgpr_spill_count"] <= (MAX_SCALARS_IN_LANES if name in UPDATES else 0)
+    assert numbers["private_segment_fixed_size"] == 0
+    assert 0 < numbers["vgpr_count"] <= bound_of(name, MAX_VECTOR_REGISTERS)
 
 
 @pytest.mark.parametrize("name", UPDATES)
@@ -353,7 +429,7 @@ def test_amd_aligned_path_moves_whole_vectors(amd: dict[str, Any], name: str) ->
 
     These are 4, but 2 of float64, and 2 of float32 weights whose moments are packed.
     """
-    counts = Counter(amd_opcodes(amd[name]["amdgcn"]))
+    counts = Counter(AmdKernel(amd[name]).opcodes)
     accesses = expected_accesses(name, 64)
     for num_bytes, opcode in ((16, "dwordx4"), (8, "dwordx2")):
         if num_bytes == 8 and UPDATES[name][0] == torch.float64:
@@ -366,7 +442,7 @@ def test_amd_aligned_path_moves_whole_vectors(amd: dict[str, Any], name: str) ->
 
 def test_amd_measure_reads_full_rows_at_once(amd: dict[str, Any]) -> None:
     """Of a row, a thread takes 4 elements: 8 bytes of 16-bit gradients, 16 of float32, twice 16 of float64."""
-    counts = Counter(re.sub("^global", "buffer", opcode) for opcode in amd_opcodes(amd["measure"]["amdgcn"]))
+    counts = Counter(re.sub("^global", "buffer", opcode) for opcode in AmdKernel(amd["measure"]).opcodes)
     assert counts["buffer_load_dwordx4"] == 6  # float32 1, float64 2; and the loop is unrolled twice
     assert counts["buffer_load_dwordx2"] >= 4  # bfloat16 1, float16 1
 
@@ -374,8 +450,8 @@ def test_amd_measure_reads_full_rows_at_once(amd: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", KERNELS)
 def test_amd_fuses_only_within_division_and_root(amd: dict[str, Any], name: str) -> None:
     """Every fused multiply-add belongs to a correctly rounded division or root; subnormals are kept."""
-    text = amd[name]["amdgcn"]
-    opcodes = amd_opcodes(text)
+    kernel = AmdKernel(amd[name])
+    opcodes = kernel.opcodes
     # prepare has one more: the conversion of the step count to an integer.
     conversions = 1 if name == "prepare" else 0
     assert amd_fused(opcodes, "f32") == amd_fused_within_division_and_root(opcodes, "f32") + conversions
@@ -383,13 +459,13 @@ def test_amd_fuses_only_within_division_and_root(amd: dict[str, Any], name: str)
     assert amd_fused(opcodes, "f16") == 0
     keep_subnormals, to_nearest = 3, 0
     for width in ("32", "16_64"):
-        assert amd_metadata(text, f"amdhsa_float_denorm_mode_{width}") == keep_subnormals
-        assert amd_metadata(text, f"amdhsa_float_round_mode_{width}") == to_nearest
+        assert kernel.numbers[f"amdhsa_float_denorm_mode_{width}"] == keep_subnormals
+        assert kernel.numbers[f"amdhsa_float_round_mode_{width}"] == to_nearest
     assert not [opcode for opcode in opcodes if opcode.startswith("s_setreg")]
 
 
 def test_amd_contraction_would_be_noticed(amd: dict[str, Any]) -> None:
     """With fusion allowed, there are more fused multiply-adds than divisions and roots account for."""
     for rule in RULES:
-        opcodes = amd_opcodes(amd[f"contracted-{rule}-float32-float32-float32"]["amdgcn"])
+        opcodes = AmdKernel(amd[f"contracted-{rule}-float32-float32-float32"]).opcodes
         assert amd_fused(opcodes, "f32") > amd_fused_within_division_and_root(opcodes, "f32")
