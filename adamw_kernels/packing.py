@@ -99,27 +99,26 @@ def split_weight(values: torch.Tensor, weight: torch.Tensor, remainder: torch.Te
 # --- moments in 8 bits ------------------------------------------------------------------------------------------------
 
 _ONE_127TH = float(np.float32(1) / np.float32(127))
-_EIGHT_9THS = float(np.float32(8) / np.float32(9))
-_STEPS_OF_ODD = float(np.float32(127) * np.float32(_EIGHT_9THS))
+_STEPS_OF_ODD = float(np.float32(127) * (np.float32(8) / np.float32(9)))
 _CODES_AN_OCTAVE = (254, 127, 84, 63, 50, 42, 36, 31, 25, 21, 18, 15, 12, 10, 9, 7)  # of each mode
+_SHIFTS = (8, 7, 7, 6, 6, 6, 6, 5, 5, 5, 5, 4, 4, 4, 4, 3)
 
 
-def _codes_an_octave(mode: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(_CODES_AN_OCTAVE, device=mode.device)[mode]
+def _of_mode(values: tuple[int, ...], mode: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, device=mode.device)[mode]
 
 
-def _position(code: torch.Tensor, e: torch.Tensor, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of codes of v, [groups, GROUP]: the bits of x, s and 1 / s, all 0 for code 0."""
-    q = (code - 1).clamp(min=0)
-    octave = q // n
-    bits = ((e + octave) << 23) + (((q - octave * n) * (0xFFFFFFFF // n + 1) + 256) >> 9)
-    half_octave = e + octave + 127
-    odd = (half_octave & 1) != 0
-    s = _floats(half_octave << 22)
-    s = torch.where(odd, s * _EIGHT_9THS, s)
-    inverse = _floats((508 - half_octave) << 22)
-    zero = code == 0
-    return torch.where(zero, 0, bits), torch.where(zero, 0.0, s), torch.where(zero, 0.0, inverse)
+def _second_bits(code: torch.Tensor, e: torch.Tensor, mode: torch.Tensor) -> torch.Tensor:
+    """Of codes of v, [groups, GROUP]: the bits of x, 0 for code 0."""
+    n, shift = _of_mode(_CODES_AN_OCTAVE, mode), _of_mode(_SHIFTS, mode)
+    spacing = ((1 << (23 + shift)) + n - 1) // n
+    return torch.where(code > 0, (e << 23) + (((code - 1) * spacing) >> shift), 0)
+
+
+def _reference(code: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    """Of codes of v and their bits of x: s, in multiples of which m is held; 0 for code 0."""
+    half_octave = (bits >> 23) + 127
+    return _floats(torch.where(code > 0, (half_octave << 22) - (half_octave & 1) * 0x155555, 0))
 
 
 def _in_groups(x: torch.Tensor) -> torch.Tensor:
@@ -147,12 +146,15 @@ def unpack_moments(state: dict[str, Any], param: torch.Tensor) -> tuple[torch.Te
     for part in _slices(param.numel()):
         count = part.stop - part.start
         word = (words[part.start // GROUP : -(-part.stop // GROUP)].to(torch.int64) & 0xFFFF).unsqueeze(1)
-        e, n, j = word >> 8, _codes_an_octave((word >> 4) & 15), word & 15
-        bits, s, _ = _position(_in_groups(second[part].to(torch.int64)), e, n)
+        e, mode, j = word >> 8, (word >> 4) & 15, word & 15
+        second_code = _in_groups(second[part].to(torch.int64))
+        bits = _second_bits(second_code, e, mode)
         code = _in_groups(first[part].to(torch.int64))
         step = _floats((240 - j) << 22) * _ONE_127TH
         flat_v[part] = (_floats(bits) * unscale).view(-1)[:count]
-        flat_m[part] = torch.where(code == -128, torch.nan, code.float() * (s * step)).view(-1)[:count]
+        flat_m[part] = torch.where(code == -128, torch.nan, code.float() * (_reference(second_code, bits) * step)).view(
+            -1
+        )[:count]
     return m, v
 
 
@@ -186,10 +188,11 @@ def pack_moments(m: torch.Tensor, v: torch.Tensor, state: dict[str, Any]) -> Non
         mode = torch.where(beyond < 4, beyond, ((_bits(beyond.float()) >> 21) - 512).clamp(max=15))
         octaves = torch.where(mode < 4, mode + 1, (5 + (mode & 3)) << ((mode >> 2) - 1).clamp(min=0))
         e = torch.maximum(smallest >> 23, (largest >> 23) + 1 - octaves)
-        n = _codes_an_octave(mode)
-        q = ((bits >> 23) - e) * n + (((bits & 0x7FFFFF) * n + 0x400040) >> 23)  # as chance that is one half
+        n = _of_mode(_CODES_AN_OCTAVE, mode)
+        q = ((bits >> 23) - e) * n + (((bits & 0x7FFFFF) * n + 0x400000) >> 23)  # as chance that is one half
         code = torch.where(bits > 0, q.clamp(0, 254) + 1, 0)
-        _, _, inverse = _position(code, e, n)
+        octave = (code - 1).clamp(min=0) // n
+        inverse = torch.where(code > 0, _floats((381 - e - octave) << 22), 0.0)
         ratio = torch.where(not_finite, 0.0, moment * inverse)
         j = (240 - ((_bits(ratio.abs().amax(1, keepdim=True)) + 0x3FFFFF) >> 22)).clamp(0, 15)
         half_octave = 240 - j

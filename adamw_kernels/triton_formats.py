@@ -19,20 +19,49 @@ def mix(z):
 
 
 @triton.jit
-def random_bits(key, element):
-    """Two words of random bits of elements (int64 indices) in a step with this uint64 key; see csrc/philox.h.
+def random_words(key, first, within):
+    """The words of random bits of elements `first` (a scalar) + `within` (int32), in a step with this uint64 key.
 
-    The lower half of the first is for the average, the upper for the weight; of the second, for m and for v.
+    See csrc/philox.h. A call gives the words of two neighbours, and here each makes its own: a branch for tensors that
+    begin with a whole pair, in which LLVM finds half of the calls to be the others', takes 20 registers, which kernels
+    do not have. With a select instead of a mask at the end, or the parity of two parts, some spill.
     """
-    c0 = (element & 0xFFFFFFFF).to(tl.uint32)
-    c1 = (element >> 32).to(tl.uint32) ^ (key >> 32).to(tl.uint32)
+    from_pair = within + (first & 1).to(tl.int32)
+    pair = (first >> 1) + (from_pair >> 1).to(tl.int64)
+    c0 = (pair & 0xFFFFFFFF).to(tl.uint32)
+    c1 = (pair >> 32).to(tl.uint32) ^ (key >> 32).to(tl.uint32)
     k = (key & 0xFFFFFFFF).to(tl.uint32)
     for _round in tl.static_range(7):
         product = c0.to(tl.uint64) * 0xD256D193
         c0 = (product >> 32).to(tl.uint32) ^ k ^ c1
         c1 = (product & 0xFFFFFFFF).to(tl.uint32)
         k = (k.to(tl.uint64) + 0x9E3779B9 & 0xFFFFFFFF).to(tl.uint32)
-    return c0, c1
+    odd = ((from_pair & 1) * -1).to(tl.uint32, bitcast=True)
+    return c0 ^ ((c0 ^ c1) & odd)
+
+
+@triton.jit
+def bits_for_first_moment(word):
+    """Of a random word, 16 bits for what may be rounded."""
+    return word & 0xFFFF
+
+
+@triton.jit
+def bits_for_second_moment(word):
+    """Of a random word, 16 bits for what may be rounded."""
+    return word >> 16
+
+
+@triton.jit
+def bits_for_weight(word):
+    """Of a random word, 16 bits for what may be rounded."""
+    return (word ^ (word >> 16)) & 0xFFFF
+
+
+@triton.jit
+def bits_for_average(word):
+    """Of a random word, 16 bits for what may be rounded."""
+    return (word >> 8) & 0xFFFF
 
 
 # --- 16-bit values ----------------------------------------------------------------------------------------------------

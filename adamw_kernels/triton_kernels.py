@@ -19,10 +19,14 @@ from adamw_kernels import launch_table as layout
 from adamw_kernels.formats import GROUP, MOMENT_FORMATS, PARAM_FORMATS, compute_dtype
 from adamw_kernels.launch_table import LaunchTable
 from adamw_kernels.triton_formats import (
+    bits_for_average,
+    bits_for_first_moment,
+    bits_for_second_moment,
+    bits_for_weight,
     from_int8,
     from_storage,
     merge_weight,
-    random_bits,
+    random_words,
     split_weight,
     to_bfloat16_stochastic,
     to_storage,
@@ -119,7 +123,7 @@ def _pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _zeros_in_layout_of(like):
-    """Zeros, int64, in the same threads as a loaded tensor.
+    """Zeros, int32, in the same threads as a loaded tensor.
 
     What does not come out of memory, such as random bits, Triton would compute in a layout of its own choice and hand
     to other threads through shared memory. What begins with these zeros is computed where it is needed; that they are
@@ -127,7 +131,7 @@ def _zeros_in_layout_of(like):
     """
     BITS: tl.constexpr = like.dtype.primitive_bitwidth
     UNSIGNED: tl.constexpr = tl.uint8 if BITS == 8 else tl.uint16 if BITS == 16 else tl.uint32
-    return (like.to(UNSIGNED, bitcast=True).to(tl.uint64) >> BITS).to(tl.int64)
+    return (like.to(UNSIGNED, bitcast=True).to(tl.uint64) >> BITS).to(tl.int32)
 
 
 @triton.jit
@@ -200,12 +204,14 @@ def _update_block(
     p, g, m, v, v_max, ema, remainder, groups = at
     w1, w2, step_size, inv_sqrt_bc2, decay, eps, scale, l2, weight_of_new, bound, unscale, rescale = c
     if MOMENTS == 2:  # a row a group
-        row = tl.arange(0, BLOCK // 16).to(tl.int64)[:, None]
-        offsets = start + row * 16 + tl.arange(0, 16)[None, :]
+        row = tl.arange(0, BLOCK // 16)[:, None]
+        within = row * 16 + tl.arange(0, 16)[None, :]
+        row = row.to(tl.int64)
         groups = _pointer(groups, tl.uint16, 1) + start // 16 + row
         group_mask = start + row * 16 < stop if MASKED else None
     else:
-        offsets = start + tl.arange(0, BLOCK).to(tl.int64)
+        within = tl.arange(0, BLOCK)
+    offsets = start + within.to(tl.int64)
     mask = offsets < stop if MASKED else None
 
     stored, weight = _load_weight(p, remainder, offsets, mask, flags, PARAM, COMPUTE, ALIGNED)
@@ -245,30 +251,31 @@ def _update_block(
             weight, grad, first, largest, step_size, inv_sqrt_bc2, decay, eps, bound, flags, BOUNDED=MOMENTS != 0
         )
 
-    word0 = tl.full(offsets.shape, 0, tl.uint32)
+    random = tl.full(offsets.shape, 0, tl.uint32)
     if MOMENTS != 0:
-        word0, word1 = random_bits(key, element + offsets + _zeros_in_layout_of(stored))
-    elif COMPUTE == tl.float32:
+        random = random_words(key, element + start, within + _zeros_in_layout_of(stored))
+    elif PARAM.primitive_bitwidth == 16:
         # A bfloat16 average, stochastic or split24.
         if ((flags & 0x10000) != 0) | (((flags & 0x300000) != 0) & ((flags & 0x300000) != 0x300000)):
-            word0, _word1 = random_bits(key, element + offsets + _zeros_in_layout_of(stored))
+            random = random_words(key, element + start, within + _zeros_in_layout_of(stored))
     if PARAM.primitive_bitwidth == 16:
-        stored, rest = _store_weight(p, remainder, offsets, mask, flags, weight, word0 >> 16, PARAM, ALIGNED)
+        for_weight = bits_for_weight(random)
+        stored, rest = _store_weight(p, remainder, offsets, mask, flags, weight, for_weight, PARAM, ALIGNED)
     else:
         tl.store(_pointer(p, PARAM, ALIGNED) + offsets, weight, mask=mask)
 
     if MOMENTS == 1:
         if SGD:
             if (flags & 0x2000000) != 0:
-                tl.store(m, to_bfloat16_stochastic(first, word1 & 0xFFFF), mask=mask)
+                tl.store(m, to_bfloat16_stochastic(first, bits_for_first_moment(random)), mask=mask)
         else:
-            tl.store(m, to_bfloat16_stochastic(first, word1 & 0xFFFF), mask=mask)
-            tl.store(v, to_bfloat16_stochastic(second, word1 >> 16), mask=mask)
+            tl.store(m, to_bfloat16_stochastic(first, bits_for_first_moment(random)), mask=mask)
+            tl.store(v, to_bfloat16_stochastic(second, bits_for_second_moment(random)), mask=mask)
     elif MOMENTS == 2:
         if MASKED:  # what is not there takes part in nothing
             first = tl.where(mask, first, 0.0)
             second = tl.where(mask, second, 0.0)
-        first_code, second_code, word = encode_moments(first, second, before, rescale, word1)
+        first_code, second_code, word = encode_moments(first, second, before, rescale, random)
         tl.store(m, first_code, mask=mask)
         tl.store(v, second_code, mask=mask)
         tl.store(groups, word, mask=group_mask)
@@ -277,10 +284,12 @@ def _update_block(
         current = weight
         if PARAM.primitive_bitwidth == 16:
             current = merge_weight(stored, rest)
-        random = word0 & 0xFFFF
         if COMPUTE == tl.float64:  # beside which no average is bfloat16
             _average_block(ema, offsets, mask, current, weight_of_new, COMPUTE, random, ALIGNED)
         elif (flags & 0x10000) != 0:
+            if MOMENTS == 0 and PARAM == tl.float32:  # here alone: kept in registers from above, they make it spill
+                random = random_words(key, element + start, within + _zeros_in_layout_of(stored))
+            random = bits_for_average(random)
             _average_block(ema, offsets, mask, current, weight_of_new, tl.bfloat16, random, ALIGNED)
         else:
             _average_block(ema, offsets, mask, current, weight_of_new, COMPUTE, random, ALIGNED)

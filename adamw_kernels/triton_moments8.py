@@ -13,11 +13,9 @@ _FORGET_BELOW = tl.constexpr(16 << 23)
 _OVERFLOW = tl.constexpr(254 << 23)
 _SCALE_BITS = tl.constexpr(0x4B800000)  # of 2^24
 _NOT_FINITE = tl.constexpr(-128)
-# Of float32: 1/127 and 8/9 rounded, 127 times the latter to be rounded, as C++ rounds them.
+# Of float32: 1/127 rounded; 127 times 8/9, which is rounded, to be rounded, as C++ rounds them.
 _ONE_127TH = tl.constexpr(0.007874015718698502)
-_EIGHT_NINTHS = tl.constexpr(0.8888888955116272)
 _127_EIGHT_NINTHS = tl.constexpr(127 * 0.8888888955116272)
-_TWO_TO_MINUS_16 = tl.constexpr(2.0**-16)
 
 
 @triton.jit
@@ -39,12 +37,14 @@ def _octaves_of(mode):
 
 
 @triton.jit
-def _make_codebook(e, mode):
-    """Biased exponent of the first octave, codes an octave, and 2^32 over them, rounded up."""
+def _make_codebook(mode):
+    """N, codes an octave; 2^23 / N times 2^shift, rounded up, and the shift; 2^22 / N, rounded up."""
     low = tl.where(mode < 4, 0x3F547FFE, 0x1F242A32)
     high = tl.where(mode < 12, 0x0F121519, 0x07090A0C)
     per_octave = (tl.where(mode < 8, low, high).to(tl.uint32) >> ((mode & 3) * 8)) & 255
-    return e, per_octave, 0xFFFFFFFF // per_octave + 1
+    shift = tl.where(mode < 4, 8 - ((mode + 1) >> 1), 7 - ((mode + 1) >> 2))
+    reciprocal = 0xFFFFFFFF // per_octave
+    return per_octave, (reciprocal >> (9 - shift)) + 1, shift, (reciprocal >> 10) + 1
 
 
 @triton.jit
@@ -89,49 +89,45 @@ def _steps_per_ratio(j):
 
 
 @triton.jit
-def _position(code, book):
-    """The bits of x that a code of v stands for, and the half octave of s."""
-    e, per_octave, reciprocal = book
-    q = tl.maximum(code, 1) - 1
-    octave = (q * ((reciprocal >> 16) + 1)) >> 16
-    within = q - octave * per_octave
-    bits = ((e + octave) << 23) + ((within * reciprocal + 256) >> 9)
-    return bits, e + octave + 127
+def _bits_of_code(code, e, book):
+    """The bits of x that a code of v stands for, of nothing for code 0."""
+    _per_octave, spacing, shift, _inverse = book
+    return (e << 23) + (((tl.maximum(code, 1) - 1) * spacing) >> shift)
 
 
 @triton.jit
-def _reference_of(code, half_octave):
-    power = (half_octave << 22).to(tl.float32, bitcast=True)
-    return tl.where(code > 0, power * tl.where((half_octave & 1) != 0, _EIGHT_NINTHS, 1.0), 0.0)
+def _reference_of(code, bits):
+    half_octave = ((bits >> 1) & 0x7FC00000) + (127 << 22)
+    half_octave -= tl.where((half_octave & 0x400000) != 0, 0x155555, 0)
+    return tl.where(code > 0, half_octave.to(tl.float32, bitcast=True), 0.0)
 
 
 @triton.jit
-def _inverse_of(code, half_octave):
-    return tl.where(code > 0, ((508 - half_octave) << 22).to(tl.float32, bitcast=True), 0.0)
+def _inverse_of(code, e, book):
+    _per_octave, _spacing, _shift, inverse = book
+    octave = ((tl.maximum(code, 1) - 1) * inverse) & 0xFFC00000
+    return tl.where(code > 0, (((381 - e) << 22) - octave).to(tl.float32, bitcast=True), 0.0)
 
 
 @triton.jit
-def _encode_second(bits, book, random):
-    e, per_octave, reciprocal = book
-    within = ((bits & 0x7FFFFF) * per_octave + (random << 7) + 64) >> 23
-    octave = ((bits >> 23) - e).to(tl.int32, bitcast=True)
-    q = octave * per_octave.to(tl.int32, bitcast=True) + within.to(tl.int32, bitcast=True)
-    inside = tl.minimum(tl.maximum(q, 0), 254).to(tl.uint32, bitcast=True)
-    return tl.where(bits > 0, inside + 1, 0)
+def _encode_second(bits, e, book, random):
+    per_octave, _spacing, _shift, _inverse = book
+    first = e << 23
+    inside = tl.maximum(bits, first) - first
+    return tl.where(bits > 0, (inside * per_octave + ((random >> 9) + (1 << 23))) >> 23, 0)
 
 
 @triton.jit
-def _encode_first(ratio, m, before, reference, j, not_finite, random):
-    moved = m - before
-    distance = tl.abs(moved)
-    two_steps = (reference * _ratio_step(j)) * 2.0
-    threshold = tl.where(distance < two_steps, random, (random & 1) + 0x7FFF).to(tl.float32) * _TWO_TO_MINUS_16
+def _encode_first(ratio, moved, j, random):
+    by_chance = (random & 0xFFFF) | 0x43000000
+    to_nearest = (random >> 31) + 0x43007FFF
+    is_still = tl.abs(moved) < 2.0 * _ratio_step(j)
     z = ratio * _steps_per_ratio(j)
-    z = tl.where(z > 127.0, 127.0, z)
-    z = tl.where(z < -127.0, -127.0, z)
-    z = tl.where(not_finite, 0.0, z)
-    code = (z + (threshold + 128.0)).to(tl.int32) - 128
-    return tl.where(not_finite, _NOT_FINITE, code)
+    z = tl.where(z > 127.0, 127.0, z) + tl.where(is_still, by_chance, to_nearest).to(tl.float32, bitcast=True)
+    z = tl.where(z < 1.0, 1.0, z)
+    is_number = ratio == ratio
+    code = tl.where(is_number, z, 0.0).to(tl.int32) - 128
+    return tl.where(is_number, code, _NOT_FINITE)
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------
@@ -142,8 +138,8 @@ def decode_moments(first_code, second_code, word, unscale):
     """Of codes (int8, uint8) and their groups' words (uint16): m and v in float32."""
     word = word.to(tl.uint32)
     code = second_code.to(tl.uint32)
-    bits, half_octave = _position(code, _make_codebook(word >> 8, (word >> 4) & 15))
-    first = first_code.to(tl.float32) * (_reference_of(code, half_octave) * _ratio_step(word & 15))
+    bits = _bits_of_code(code, word >> 8, _make_codebook((word >> 4) & 15))
+    first = first_code.to(tl.float32) * (_reference_of(code, bits) * _ratio_step(word & 15))
     first = tl.where(first_code == _NOT_FINITE, float("nan"), first)
     second = tl.where(code > 0, bits.to(tl.float32, bitcast=True) * unscale, 0.0)
     return first, second
@@ -151,7 +147,7 @@ def decode_moments(first_code, second_code, word, unscale):
 
 @triton.jit
 def encode_moments(m, v, before, rescale, random):
-    """Codes of m and v and their groups' words. `before`: m as it was decoded; `random`: 32 bits, 16 for each."""
+    """Codes of m and v and their groups' words. `before`: m as it was decoded; `random`: the elements' words."""
     bits = (v * rescale).to(tl.uint32, bitcast=True)
     m_bits = m.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
     not_finite = (bits >= _OVERFLOW) | (m_bits >= 0x7F800000)
@@ -163,14 +159,13 @@ def encode_moments(m, v, before, rescale, random):
     smallest = tl.min(bits - 1, axis=1, keep_dims=True) + 1  # 0 counts as the largest; where all are 0, so is this
     mode = _mode_of(smallest, largest)
     e = _first_octave(smallest, largest, mode)
-    book = _make_codebook(e, mode)
+    book = _make_codebook(mode)
 
-    code = _encode_second(bits, book, random >> 16)
-    position, half_octave = _position(code, book)
-    ratio = tl.where(not_finite, 0.0, m * _inverse_of(code, half_octave))
-    largest_ratio = tl.max(ratio.to(tl.uint32, bitcast=True) & 0x7FFFFFFF, axis=1, keep_dims=True)
-    j = _ratio_code(largest_ratio)
-    reference = _reference_of(code, half_octave)
-    first_code = _encode_first(ratio, m, before, reference, j, not_finite, random & 0xFFFF)
+    code = _encode_second(bits, e, book, random)
+    inverse = _inverse_of(code, e, book)
+    ratio = tl.where(not_finite, float("nan"), m * inverse)
+    magnitude = tl.where(not_finite, 0, ratio.to(tl.uint32, bitcast=True) & 0x7FFFFFFF)
+    j = _ratio_code(tl.max(magnitude, axis=1, keep_dims=True))
+    first_code = _encode_first(ratio, (m - before) * inverse, j, random)
     word = (e << 8) | (mode << 4) | j
     return first_code.to(tl.int8), code.to(tl.uint8), word.to(tl.uint16)

@@ -169,6 +169,7 @@ class Block:
     to_nearest: bool = False  # rounds float32 to 16 bits so
     loads: bool = False  # 16 bytes
     loads_after_store: bool = False
+    calls: bool = False  # the slow path of a division or root
     successors: tuple[int, ...] = ()
 
     def possible_stores(self) -> set[Stores]:
@@ -220,6 +221,7 @@ def basic_blocks(sass: str) -> dict[int, Block]:
             block.loads = True
             block.loads_after_store = block.loads_after_store or bool(block.stores)
         block.to_nearest = block.to_nearest or bool(TO_NEAREST.match(f"{opcode} {operands}"))
+        block.calls = block.calls or kind == "CALL"
         block.products += opcode.startswith(("IMAD.WIDE.U32", "IMAD.HI.U32"))
         following = (lines[position + 1][0],) if position + 1 < len(lines) else ()
         if kind == "BRA":
@@ -247,7 +249,8 @@ Signature = tuple[Stores, int, bool, bool]
 def shortest_paths(blocks: dict[int, Block], head: int) -> dict[Signature, int]:
     """Once through the loop that begins at `head`: instructions of the shortest path of each signature.
 
-    Without paths that load a whole vector after a store: only the average and AMSGrad's maximum come that late.
+    Without paths that load a whole vector after a store (only the average and AMSGrad's maximum come that late) and
+    those that call a subroutine.
     """
     memo: dict[int, dict[Signature, int]] = {}
     open_blocks: set[int] = set()
@@ -258,7 +261,7 @@ def shortest_paths(blocks: dict[int, Block], head: int) -> dict[Signature, int]:
         block = blocks[address]
         open_blocks.add(address)
         best: dict[Signature, int] = {}
-        for successor in block.successors if not block.loads_after_store else ():
+        for successor in () if block.loads_after_store or block.calls else block.successors:
             if successor == head:
                 ways: dict[Signature, int] = {(NO_STORES, 0, False, False): 0}
             elif successor in open_blocks or successor not in blocks:
@@ -317,7 +320,7 @@ class Variant:
                 expected[width] += int(size * self.elements) // width
         draws = self.moments in ("bf16", "8bit") or self.param_format in ("stochastic", "split24")
         # Where moments alone draw, the last round's product may be one of 32 bits.
-        has_drawn = products >= (PHILOX_ROUNDS - 1) * self.elements
+        has_drawn = products >= (PHILOX_ROUNDS - 1) * self.elements // 2  # a call serves two, if neighbours share it
         return (
             stores == tuple(expected.values())
             and draws == has_drawn

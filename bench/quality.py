@@ -83,14 +83,14 @@ class Adam:
     """One tensor's optimizer, of which only the updates are wanted."""
 
     def __init__(
-        self, format: Format, size: int, beta2: float, eps: float, *, bounded: bool, device: torch.device
+        self, format: Format, size: int, beta2: float, eps: float, *, bounded: bool, device: torch.device, seed: int = 0
     ) -> None:
-        """An optimizer of `size` elements; `bounded` clamps updates, those of published formats too."""
+        """An optimizer of `size` elements; `bounded` clamps updates, published formats' too. `seed`: of chance."""
         self.format = format
         self.beta2 = beta2
         self.step = 0
         self.clamp = bounded and format.published is not None
-        self.noise = np.random.default_rng(SEED)
+        self.noise = np.random.default_rng(SEED + seed)
         self.param = torch.nn.Parameter(torch.zeros(size, device=device))
         self.param.grad = torch.zeros_like(self.param)
         self.optimizer = FusedAdamW(
@@ -100,6 +100,7 @@ class Adam:
             eps=eps,
             weight_decay=0.0,
             moment_format=format.moment_format,
+            seed=seed,
             update_bound="auto" if bounded and format.is_bounded else None,
         )
 
@@ -204,11 +205,19 @@ class Pair:
 
     @classmethod
     def of(
-        cls, format: Format, size: int, beta2: float, *, device: torch.device, eps: float = 1e-15, bounded: bool = True
+        cls,
+        format: Format,
+        size: int,
+        beta2: float,
+        *,
+        device: torch.device,
+        eps: float = 1e-15,
+        bounded: bool = True,
+        seed: int = 0,
     ) -> Pair:
         """Both before their first step."""
         zeros = (np.zeros(size) for _ in range(4))
-        tested = Adam(format, size, beta2, eps, bounded=bounded, device=device)
+        tested = Adam(format, size, beta2, eps, bounded=bounded, device=device, seed=seed)
         return cls(tested, ExactAdam(size, beta2, eps), *zeros)
 
     def step(self, grad: Array, *, exact_grad: Array | None = None, counts: bool = True) -> tuple[Array, Array]:
@@ -294,11 +303,12 @@ def stress(
     bounded: bool = False,
     size: int = 16384,
     steps: int = 300,
+    seed: int = 0,
 ) -> Pair:
     """Gradients of scales exp(sigma * normal), then all ten times smaller; the steps after that count."""
     rng = np.random.default_rng(SEED)
     scales = 1e-3 * np.exp(sigma * rng.standard_normal(size))
-    pair = Pair.of(format, size, beta2, device=device, bounded=bounded)
+    pair = Pair.of(format, size, beta2, device=device, bounded=bounded, seed=seed)
     for step in range(2 * steps):
         dropped = step >= steps
         pair.step(scales * rng.standard_normal(size) * (0.1 if dropped else 1.0), counts=dropped)

@@ -26,7 +26,7 @@ ADAMW_HD void prefetch_elements(const T* first) {
   }
 }
 
-// Where a tensor's weights are read from and written to, and with how many random bits of an element's first word.
+// Where a tensor's weights are read from and written to, and whether with random bits.
 template <typename Param>
 struct NativeWeights {
   using P = Param;
@@ -34,7 +34,7 @@ struct NativeWeights {
   P* p;
   explicit NativeWeights(const TensorRow& row) : p(reinterpret_cast<P*>(row.param)) {}
   ADAMW_HD typename compute_type<P>::type get(int64_t i) const { return load<typename compute_type<P>::type>(p + i); }
-  ADAMW_HD void set(int64_t i, typename compute_type<P>::type weight, uint32_t /*word0*/) const {
+  ADAMW_HD void set(int64_t i, typename compute_type<P>::type weight, RandomBits /*random*/) const {
     store(p + i, weight);
   }
   template <int64_t kCount>
@@ -47,8 +47,8 @@ template <typename Param>
 struct StochasticWeights : NativeWeights<Param> {
   static constexpr bool kRandom = true;
   using NativeWeights<Param>::NativeWeights;
-  ADAMW_HD void set(int64_t i, float weight, uint32_t word0) const {
-    store_stochastic(this->p + i, weight, RandomBits{word0, 0}.for_weight());
+  ADAMW_HD void set(int64_t i, float weight, RandomBits random) const {
+    store_stochastic(this->p + i, weight, random.for_weight());
   }
 };
 
@@ -64,8 +64,8 @@ struct SplitWeights {
   ADAMW_HD float get(int64_t i) const {
     return merge_weight<P>(p[i].bits, static_cast<int32_t>(remainder[i]) * (1 << (split_of<P>::kBits - kKept)));
   }
-  ADAMW_HD void set(int64_t i, float weight, uint32_t word0) const {
-    const SplitWeight split = split_weight<P, kKept>(weight, kRandom ? RandomBits{word0, 0}.for_weight() : 0u);
+  ADAMW_HD void set(int64_t i, float weight, RandomBits random) const {
+    const SplitWeight split = split_weight<P, kKept>(weight, kRandom ? random.for_weight() : 0u);
     p[i].bits = split.weight;
     remainder[i] = static_cast<Remainder>(split.remainder);
   }
@@ -80,7 +80,7 @@ using Split24Weights = SplitWeights<P, int8_t, 8>;
 template <typename P>
 using Split32Weights = SplitWeights<P, int16_t, split_of<P>::kBits>;
 
-// And its moments, with those of the second word.
+// And its moments.
 template <typename T>
 struct WideMoments {
   static constexpr bool kRandom = false;
@@ -89,7 +89,7 @@ struct WideMoments {
       : m(reinterpret_cast<T*>(row.exp_avg)), v(reinterpret_cast<T*>(row.exp_avg_sq)) {}
   ADAMW_HD T first(int64_t i) const { return m[i]; }
   ADAMW_HD T second(int64_t i) const { return v[i]; }
-  ADAMW_HD void set(int64_t i, T first, T second, uint32_t /*word1*/) const {
+  ADAMW_HD void set(int64_t i, T first, T second, RandomBits /*random*/) const {
     m[i] = first;
     v[i] = second;
   }
@@ -107,8 +107,7 @@ struct Bf16Moments {
       : m(reinterpret_cast<bf16*>(row.exp_avg)), v(reinterpret_cast<bf16*>(row.exp_avg_sq)) {}
   ADAMW_HD float first(int64_t i) const { return load<float>(m + i); }
   ADAMW_HD float second(int64_t i) const { return load<float>(v + i); }
-  ADAMW_HD void set(int64_t i, float first, float second, uint32_t word1) const {
-    const RandomBits random = {0, word1};
+  ADAMW_HD void set(int64_t i, float first, float second, RandomBits random) const {
     store_stochastic(m + i, first, random.for_first_moment());
     store_stochastic(v + i, second, random.for_second_moment());
   }
@@ -152,22 +151,21 @@ struct Update {
         c(*static_cast<const Coefficients<T>*>(chunk.coefficients)),
         flags(chunk.row->flags) {}
 
-  // Elements [begin, end), whose random words, where any are used, begin at `word0` and `word1`.
+  // Elements [begin, end), whose random words, where any are used, begin at `words`.
   //
   // ivdep, not restrict: operands of one tensor never overlap across elements (the launch table refuses that), but a
   // gradient may be its parameter itself, which is read before the same element is written.
-  ADAMW_HD void run(int64_t begin, int64_t end, const uint32_t* word0, const uint32_t* word1) const {
+  ADAMW_HD void run(int64_t begin, int64_t end, const uint32_t* words) const {
     ADAMW_VECTORIZE
     for (int64_t i = begin; i < end; ++i) {
       // All loads before the first store: the four arrays often lie a multiple of 4 KiB apart, and a load behind a
       // store to the same offset in another page would wait for it.
       T weight = weights.get(i), first = moments.first(i), second = moments.second(i);
       T maximum = TheRule::kAmsgradToo ? v_max[i] : T(0);
-      const uint32_t of_weight = Weights::kRandom ? word0[i - begin] : 0u;
-      const uint32_t of_moments = Moments::kRandom ? word1[i - begin] : 0u;
+      const RandomBits random = {Weights::kRandom || Moments::kRandom ? words[i - begin] : 0u};
       TheRule::apply(weight, load<T>(g + i), first, second, maximum, c, flags);
-      weights.set(i, weight, of_weight);
-      moments.set(i, first, second, of_moments);
+      weights.set(i, weight, random);
+      moments.set(i, first, second, random);
       if (TheRule::kAmsgradToo) v_max[i] = maximum;
     }
   }
@@ -183,7 +181,7 @@ struct Update {
 template <typename TheRule, typename Weights, typename G>
 void update_wide(const Chunk& chunk) {
   using T = typename compute_type<typename Weights::P>::type;
-  Update<TheRule, Weights, WideMoments<T>, G>(chunk).run(chunk.begin, chunk.end, nullptr, nullptr);
+  Update<TheRule, Weights, WideMoments<T>, G>(chunk).run(chunk.begin, chunk.end, nullptr);
 }
 
 uint64_t key_of(const Chunk& chunk) {
@@ -204,16 +202,14 @@ void update_rounded(const Chunk& chunk) {
   const Update<BoundedRule, Weights, Moments, G> update(chunk);
   const uint64_t key = key_of(chunk);
   const int64_t first_element = chunk.row->first_element, whole = chunk.end - kRounded;
-  alignas(64) uint32_t word0[Weights::kRandom ? kRounded : 1], word1[Moments::kRandom ? kRounded : 1];
+  alignas(64) uint32_t drawn[kRounded + kDrawn];
   int64_t begin = chunk.begin;
   for (; begin <= whole; begin += kRounded) {
     update.template prefetch<kRounded>(begin + kRoundedAhead);
-    draw_words<Weights::kRandom, Moments::kRandom>(key, first_element + begin, kRounded, word0, word1);
-    update.run(begin, begin + kRounded, word0, word1);
+    update.run(begin, begin + kRounded, draw_words(key, first_element + begin, kRounded, drawn));
   }
   if (begin < chunk.end) {
-    draw_words<Weights::kRandom, Moments::kRandom>(key, first_element + begin, chunk.end - begin, word0, word1);
-    update.run(begin, chunk.end, word0, word1);
+    update.run(begin, chunk.end, draw_words(key, first_element + begin, chunk.end - begin, drawn));
   }
 }
 
@@ -249,17 +245,61 @@ void update_chunk(const Chunk& chunk) {
   return varied ? update_wide<Rule<false, true, true>, Weights, G>(chunk) : update_wide<PlainRule, Weights, G>(chunk);
 }
 
-// The plain rule, on what is stored in some packed form: one loop that reads, updates and writes. By tiles it waits for
-// memory and computes in turn, in up to 1.5 times the time.
+void update_chunk_by_tiles(const Chunk& chunk) {
+  update_packed(*chunk.row, chunk.row->flags, chunk.grad, reinterpret_cast<int64_t>(chunk.coefficients), chunk.begin,
+                chunk.end);
+}
+
+// Moments in 8 bits: whole tiles are decoded and encoded, the update between is as above. Decoding in that loop, too,
+// takes longer: of so long a chain of instructions a core's scheduler holds no more than two or three groups' at a
+// time.
+template <typename Weights, typename G>
+void update_in_8_bits(const Chunk& chunk) {
+  const Weights weights(*chunk.row);
+  const auto* g = reinterpret_cast<const G*>(chunk.grad);
+  const auto* m = reinterpret_cast<const int8_t*>(chunk.row->exp_avg);
+  const auto* v = reinterpret_cast<const uint8_t*>(chunk.row->exp_avg_sq);
+  const Coefficients<float> c = *static_cast<const Coefficients<float>*>(chunk.coefficients);
+  Tile tile;
+  tile.row = chunk.row;
+  tile.coefficients = static_cast<const Coefficients<float>*>(chunk.coefficients);
+  tile.key = key_of(chunk);
+  tile.count = kTile;
+  for (tile.begin = chunk.begin; tile.begin + kTile <= chunk.end; tile.begin += kTile) {
+    load_moments8(tile);
+    for (int64_t block = 0; block < kTile; block += kRounded) {
+      const int64_t at = tile.begin + block;
+      weights.template prefetch<kRounded>(at + kRoundedAhead);
+      prefetch_elements<kRounded>(g + at + kRoundedAhead);
+      prefetch_elements<kRounded>(m + at + kRoundedAhead);
+      prefetch_elements<kRounded>(v + at + kRoundedAhead);
+      const uint32_t* words = draw_words(tile.key, tile.row->first_element + at, kRounded, tile.drawn + block);
+      if (block == 0) tile.random = words;
+      ADAMW_VECTORIZE
+      for (int64_t i = block; i < block + kRounded; ++i) {
+        float weight = weights.get(tile.begin + i), first = tile.first[i], second = tile.second[i], no_maximum = 0.0f;
+        const RandomBits random = {Weights::kRandom ? words[i - block] : 0u};
+        BoundedRule::apply(weight, load<float>(g + tile.begin + i), first, second, no_maximum, c, 0);
+        weights.set(tile.begin + i, weight, random);
+        tile.bits[i] = bits_of_second(first, second, c.rescale);
+        tile.rank[i] = rank_of(tile.bits[i]);
+        tile.first[i] = first;
+      }
+    }
+    write_codes(tile);
+  }
+  if (tile.begin < chunk.end) {
+    update_packed(*chunk.row, chunk.row->flags & ~kEma, chunk.grad, reinterpret_cast<int64_t>(chunk.coefficients),
+                  tile.begin, chunk.end);
+  }
+}
+
+// The plain rule, on what is stored in some packed form: one loop that reads, updates and writes, but for codes of 8
+// bits. By tiles it waits for memory and computes in turn, in up to 1.5 times the time.
 bool has_a_loop(int64_t flags) {
   const int64_t moments = format_of(flags, kMomentFormatShift);
   const bool is_exact = format_of(flags, kParamFormatShift) == kSplit32 && moments == kMomentsWide;
-  if (flags & (kSgd | kAmsgrad | kVariants | (is_exact ? kBound : 0))) return false;
-  return moments != kMoments8;
-}
-
-void update_chunk_by_tiles(const Chunk& chunk) {
-  update_packed(*chunk.row, chunk.grad, reinterpret_cast<int64_t>(chunk.coefficients), chunk.begin, chunk.end);
+  return !(flags & (kSgd | kAmsgrad | kVariants | (is_exact ? kBound : 0)));
 }
 
 // The moving average of elements whose weights have just been stored and still are in the cache.
@@ -280,14 +320,14 @@ void average_chunk_in_bf16(const Chunk& chunk) {
   const float weight_of_new = static_cast<const Coefficients<float>*>(chunk.coefficients)->ema;
   const int64_t first_element = chunk.row->first_element;
   const uint64_t key = key_of(chunk);
-  alignas(64) uint32_t word0[kTile];
+  alignas(64) uint32_t drawn[kTile + kDrawn];
   for (int64_t begin = chunk.begin; begin < chunk.end; begin += kTile) {
     const int64_t count = begin + kTile < chunk.end ? kTile : chunk.end - begin;
-    draw_words<true, false>(key, first_element + begin, count, word0, nullptr);
+    const uint32_t* words = draw_words(key, first_element + begin, count, drawn);
     ADAMW_VECTORIZE
     for (int64_t i = 0; i < count; ++i) {
       const float average = moving_average(load<float>(ema + begin + i), p.get(begin + i), weight_of_new);
-      store_stochastic(ema + begin + i, average, RandomBits{word0[i], 0}.for_average());
+      store_stochastic(ema + begin + i, average, RandomBits{words[i]}.for_average());
     }
   }
 }
@@ -302,9 +342,9 @@ constexpr UpdateChunk kUpdateChunk[kDtypes][kDtypes] = {
     {update_chunk<double, float>, update_chunk<double, bf16>, update_chunk<double, fp16>, update_chunk<double, double>},
 };
 
-// Of weights stored as they are in one dtype: [moments in bfloat16], gradients in the order of DtypeCode.
+// Of weights stored as they are in one dtype: [MomentFormat], gradients in the order of DtypeCode.
 struct Loops {
-  UpdateChunk update[2][kF64];
+  UpdateChunk update[kMomentFormats][kF64];
   UpdateChunk average[2];  // [in bfloat16]
 };
 
@@ -312,7 +352,8 @@ template <typename Weights>
 constexpr Loops loops_of(UpdateChunk beside_float32, UpdateChunk beside_bf16, UpdateChunk beside_fp16) {
   return {{{beside_float32, beside_bf16, beside_fp16},
            {update_rounded<Weights, Bf16Moments, float>, update_rounded<Weights, Bf16Moments, bf16>,
-            update_rounded<Weights, Bf16Moments, fp16>}},
+            update_rounded<Weights, Bf16Moments, fp16>},
+           {update_in_8_bits<Weights, float>, update_in_8_bits<Weights, bf16>, update_in_8_bits<Weights, fp16>}},
           {average_chunk<Weights>, average_chunk_in_bf16<Weights>}};
 }
 
@@ -362,8 +403,7 @@ Pass pass_of(int64_t flags) {
   if (!has_a_loop(flags)) return {update_chunk_by_tiles, nullptr};
   const Loops& loops =
       param_dtype == kF32 ? kLoopsOfFloat32 : kLoops[param_dtype == kF16][format_of(flags, kParamFormatShift)];
-  const bool narrow = format_of(flags, kMomentFormatShift) == kMomentsBf16;
-  return {loops.update[narrow][grad_dtype], averaged ? loops.average[in_bf16] : nullptr};
+  return {loops.update[format_of(flags, kMomentFormatShift)][grad_dtype], averaged ? loops.average[in_bf16] : nullptr};
 }
 
 // Elements of an update after which their averages and copies follow: the weights are read again from the first-level
@@ -525,7 +565,7 @@ void prepare(const void* table_address, int64_t begin, int64_t end) {
     } else {
       write_coefficients(reinterpret_cast<float*>(out), c);
     }
-    if (uses_word0(row.flags) || uses_word1(row.flags))
+    if (is_rounded_stochastically(row.flags))
       *reinterpret_cast<uint64_t*>(out + kKeyOffset) = random_key(row.random_stream, t);
     if (row.scale != 0) {
       auto& scaling = *reinterpret_cast<Coefficients<float>*>(out);

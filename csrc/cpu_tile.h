@@ -1,7 +1,7 @@
 // The update of tensors whose weights or moments are stored in a form that arithmetic does not have: some
 // hundred elements at a time are unpacked into float32, updated, and packed again, all within the first-level cache.
-// Only moments in 8 bits, SGD and the rule's variants come here: the plain rule has one loop for each of the other
-// forms, in cpu_loop.cpp.
+// SGD, AMSGrad and the rule's variants come here, and ragged ends of moments in 8 bits: the plain rule has loops for
+// each form, in cpu_loop.cpp, which share the codes of 8 bits with this.
 //
 // Each stage is a loop of its own, which the compiler vectorises; a loop for every combination of formats would be a
 // hundred of them, and would not be vectorised where groups of sixteen meet.
@@ -20,7 +20,7 @@ constexpr int64_t kTile = 256;
 constexpr int64_t kTileGroups = kTile / kGroup;
 static_assert(kTile % kDrawn == 0, "draw_words() fills whole rounds");
 
-// Elements [begin, begin + count) of one tensor; `count` is kTile but for the tensor's last tile.
+// Elements [begin, begin + count) of one tensor; `count` is kTile but for the chunk's last tile.
 struct Tile {
   const TensorRow* row;
   int64_t grad;
@@ -32,14 +32,13 @@ struct Tile {
   alignas(64) float gradient[kTile];
   alignas(64) float first[kTile];
   alignas(64) float second[kTile];
-  alignas(64) uint32_t word0[kTile];
-  alignas(64) uint32_t word1[kTile];
-  // Of moments in 8 bits: m as it was decoded, s, m / s, and what is found on the way.
+  alignas(64) uint32_t drawn[kTile + kDrawn];
+  const uint32_t* random;  // of `drawn`, the word of the first element
+  // Of moments in 8 bits: m as it was decoded, m / s, by how much that moved, and what is found on the way.
   alignas(64) float before[kTile];
-  alignas(64) float reference[kTile];
   alignas(64) float ratio[kTile];
+  alignas(64) float distance[kTile];
   alignas(64) uint32_t bits[kTile];
-  alignas(64) uint32_t not_finite[kTile];
   alignas(64) int32_t first_code[kTile];
   alignas(64) uint32_t second_code[kTile];
   alignas(64) uint32_t rank[kTile];
@@ -47,7 +46,8 @@ struct Tile {
   alignas(64) uint32_t greatest[kTileGroups];
   alignas(64) uint32_t word[kTileGroups];
   alignas(64) float step[kTileGroups];
-  alignas(64) RatioScale scale[kTileGroups];
+  alignas(64) float two_steps[kTileGroups];
+  alignas(64) float steps_per_ratio[kTileGroups];
 };
 
 template <typename T>
@@ -92,7 +92,7 @@ void store_weights_stochastically(Tile& tile) {
   const int64_t count = tile.count;
   ADAMW_VECTORIZE
   for (int64_t i = 0; i < count; ++i) {
-    store_stochastic(p + i, tile.weight[i], RandomBits{tile.word0[i], 0}.for_weight());
+    store_stochastic(p + i, tile.weight[i], RandomBits{tile.random[i]}.for_weight());
   }
 }
 
@@ -104,7 +104,7 @@ void split_weights(Tile& tile) {
   const int64_t count = tile.count;
   ADAMW_VECTORIZE
   for (int64_t i = 0; i < count; ++i) {
-    const uint32_t random = kRandom ? RandomBits{tile.word0[i], 0}.for_weight() : 0u;
+    const uint32_t random = kRandom ? RandomBits{tile.random[i]}.for_weight() : 0u;
     const SplitWeight split = split_weight<P, kKept>(tile.weight[i], random);
     p[i].bits = split.weight;
     remainder[i] = static_cast<Remainder>(split.remainder);
@@ -178,7 +178,7 @@ void store_buffer_in_bf16(Tile& tile) {
   const int64_t count = tile.count;
   ADAMW_VECTORIZE
   for (int64_t i = 0; i < count; ++i) {
-    store_stochastic(m + i, tile.first[i], RandomBits{0, tile.word1[i]}.for_first_moment());
+    store_stochastic(m + i, tile.first[i], RandomBits{tile.random[i]}.for_first_moment());
   }
 }
 
@@ -197,7 +197,7 @@ void store_moments_in_bf16(Tile& tile) {
   const int64_t count = tile.count;
   ADAMW_VECTORIZE
   for (int64_t i = 0; i < count; ++i) {
-    const RandomBits random = {0, tile.word1[i]};
+    const RandomBits random = {tile.random[i]};
     store_stochastic(m + i, tile.first[i], random.for_first_moment());
     store_stochastic(v + i, tile.second[i], random.for_second_moment());
   }
@@ -206,24 +206,35 @@ void store_moments_in_bf16(Tile& tile) {
 // --- moments in 8 bits: loops over elements, and over groups of sixteen, all in 32 bits ------------------------------
 
 // A loop over a group is one register of AVX-512, if nothing in it is narrower than 32 bits: gcc would take registers
-// of 16 bytes, for sixteen codes, throughout. So codes are widened and narrowed by loops of their own.
+// of 16 bytes, for sixteen codes, throughout, which also is what it makes of a loop that only widens or narrows them.
 
-// Codebooks by mode: a division a group is then saved.
-struct Codebooks {
-  Codebook of_mode[16];
-};
-constexpr Codebooks make_codebooks() {
-  Codebooks books = {};
-  for (uint32_t mode = 0; mode < 16; ++mode) books.of_mode[mode] = make_codebook(0, mode);
-  return books;
+void widen_codes(const int8_t* from, int32_t* to) {
+#ifdef __AVX512F__
+  _mm512_storeu_si512(to, _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128((const __m128i*)from)));
+#else
+  for (int64_t i = 0; i < kGroup; ++i) to[i] = from[i];
+#endif
 }
+
+void widen_codes(const uint8_t* from, uint32_t* to) {
+#ifdef __AVX512F__
+  _mm512_storeu_si512(to, _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128((const __m128i*)from)));
+#else
+  for (int64_t i = 0; i < kGroup; ++i) to[i] = from[i];
+#endif
+}
+
+// The lower bytes.
+template <typename Code, typename Word>
+void narrow_codes(const Word* from, Code* to) {
+#ifdef __AVX512F__
+  _mm_storeu_si128((__m128i*)to, _mm512_maskz_cvtepi32_epi8(0xffff, _mm512_loadu_si512(from)));
+#else
+  for (int64_t i = 0; i < kGroup; ++i) to[i] = static_cast<Code>(from[i]);
+#endif
+}
+
 constexpr Codebooks kCodebooks = make_codebooks();
-
-Codebook codebook(uint32_t e, uint32_t mode) {
-  const Codebook& book = kCodebooks.of_mode[mode];
-  return {e, book.per_octave, book.reciprocal, book.inverse};
-}
-Codebook codebook_of_word(uint32_t word) { return codebook(word >> 8, (word >> 4) & 15u); }
 
 // Elements of a tile's groups: `count` and what lies behind a tensor's end, which is zero throughout.
 int64_t padded(const Tile& tile) { return (tile.count + kGroup - 1) / kGroup * kGroup; }
@@ -247,20 +258,21 @@ void find_greatest(Tile& tile, const uint32_t* x) {
   halve(two, tile.greatest, groups);
 }
 
-void load_moments8(Tile& tile) {
+// Codes and words; what lies behind a tensor's end is zero throughout.
+void read_codes(Tile& tile) {
   const uint16_t* words = reinterpret_cast<const uint16_t*>(tile.row->groups) + tile.begin / kGroup;
   const int8_t* first_code = elements<int8_t>(tile.row->exp_avg, tile);
   const uint8_t* second_code = elements<uint8_t>(tile.row->exp_avg_sq, tile);
-  const int64_t count = tile.count, end = padded(tile);
-  ADAMW_VECTORIZE
-  for (int64_t i = 0; i < count; ++i) {
-    tile.first_code[i] = first_code[i];
-    tile.second_code[i] = second_code[i];
+  const int64_t count = tile.count, whole = count / kGroup * kGroup, end = padded(tile);
+  for (int64_t i = 0; i < whole; i += kGroup) {
+    widen_codes(first_code + i, tile.first_code + i);
+    widen_codes(second_code + i, tile.second_code + i);
   }
-  for (int64_t i = count; i < end; ++i) {
-    tile.first_code[i] = 0;
-    tile.second_code[i] = 0;
-    tile.weight[i] = tile.gradient[i] = 0.0f;
+  for (int64_t i = whole; i < end; ++i) {
+    const bool there = i < count;
+    tile.first_code[i] = there ? first_code[i] : 0;
+    tile.second_code[i] = there ? second_code[i] : 0;
+    if (!there) tile.weight[i] = tile.gradient[i] = 0.0f;
   }
   ADAMW_VECTORIZE
   for (int64_t group = 0; group < end / kGroup; ++group) {
@@ -268,64 +280,96 @@ void load_moments8(Tile& tile) {
     tile.word[group] = word;
     tile.step[group] = ratio_step(word & 15u);
   }
-  const float unscale = tile.coefficients->unscale;
+}
+
+// What the elements of a group, of the tile's, are decoded with.
+struct GroupDecoder {
+  uint32_t e;
+  Codebook book;
+  float step;
+  float unscale;
+  GroupDecoder(const Tile& tile, int64_t group)
+      : e(tile.word[group] >> 8),
+        book(kCodebooks.of_mode[(tile.word[group] >> 4) & 15u]),
+        step(tile.step[group]),
+        unscale(tile.coefficients->unscale) {}
+  ADAMW_HD void decode(int32_t first_code, uint32_t second_code, float& first, float& second) const {
+    const uint32_t bits = bits_of_code(second_code, e, book);
+    second = decode_second(second_code, bits, unscale);
+    first = decode_first(first_code, reference_of(second_code, bits), step);
+  }
+};
+
+void load_moments8(Tile& tile) {
+  read_codes(tile);
+  const int64_t end = padded(tile);
   for (int64_t begin = 0; begin < end; begin += kGroup) {
-    const Codebook book = codebook_of_word(tile.word[begin / kGroup]);
-    const float step = tile.step[begin / kGroup];
+    const GroupDecoder group(tile, begin / kGroup);
     ADAMW_VECTORIZE_GROUP
     for (int64_t i = begin; i < begin + kGroup; ++i) {
-      const uint32_t code = tile.second_code[i];
-      const Position at = position(code, book);
-      tile.second[i] = decode_second(code, at, unscale);
-      tile.first[i] = tile.before[i] = decode_first(tile.first_code[i], reference_of(code, at), step);
+      group.decode(tile.first_code[i], tile.second_code[i], tile.first[i], tile.second[i]);
+      tile.before[i] = tile.first[i];
     }
   }
 }
 
-// The words of groups, but for `j`, out of their elements' `bits`, of which dead ones are forgotten.
+// Of a second moment's bits: the smallest has the greatest rank, 0 has none.
+ADAMW_HD uint32_t rank_of(uint32_t bits) { return (0u - bits) & 0x7fffffffu; }
+
+// The greatest rank of a group without its dead elements.
+uint32_t forget_dead_of_group(Tile& tile, int64_t begin, uint32_t largest) {
+  uint32_t greatest = 0;
+  for (int64_t i = begin; i < begin + kGroup; ++i) {
+    tile.bits[i] = forget_dead(tile.bits[i], tile.first[i], largest);
+    const uint32_t rank = rank_of(tile.bits[i]);
+    greatest = greatest > rank ? greatest : rank;
+  }
+  return greatest;
+}
+
+// The words of groups, but for `j`, out of their elements' bits and ranks.
 void choose_ranges(Tile& tile) {
-  const int64_t end = padded(tile);
+  const int64_t groups = padded(tile) / kGroup;
+  uint32_t largest[kTileGroups];
   find_greatest(tile, tile.bits);
-  for (int64_t begin = 0; begin < end; begin += kGroup) {
-    const uint32_t largest = tile.greatest[begin / kGroup];
-    tile.word[begin / kGroup] = largest;
-    ADAMW_VECTORIZE_GROUP
-    for (int64_t i = begin; i < begin + kGroup; ++i) {
-      const uint32_t bits = forget_dead(tile.bits[i], tile.first[i], largest);
-      tile.bits[i] = bits;
-      tile.rank[i] = (0u - bits) & 0x7fffffffu;  // the smallest is the greatest, 0 stays 0
+  memcpy(largest, tile.greatest, sizeof(largest));
+  find_greatest(tile, tile.rank);
+  // Few groups reach so far that any may be dead.
+  uint32_t far = 0;
+  ADAMW_VECTORIZE
+  for (int64_t group = 0; group < groups; ++group) {
+    far |= reaches_dead(rank_of(tile.greatest[group]), largest[group]) ? 1u : 0u;
+  }
+  if (far != 0) {
+    for (int64_t group = 0; group < groups; ++group) {
+      if (!reaches_dead(rank_of(tile.greatest[group]), largest[group])) continue;
+      tile.greatest[group] = forget_dead_of_group(tile, group * kGroup, largest[group]);
     }
   }
-  find_greatest(tile, tile.rank);
   ADAMW_VECTORIZE
-  for (int64_t group = 0; group < end / kGroup; ++group) {
-    const uint32_t upper = tile.word[group], lower = (0u - tile.greatest[group]) & 0x7fffffffu;
+  for (int64_t group = 0; group < groups; ++group) {
+    const uint32_t upper = largest[group], lower = rank_of(tile.greatest[group]);
     const uint32_t mode = mode_of(lower, upper);
     tile.word[group] = first_octave(lower, upper, mode) << 8 | mode << 4;
   }
 }
 
-void store_moments8(Tile& tile) {
-  const int64_t count = tile.count, end = padded(tile);
-  const float rescale = tile.coefficients->rescale;
-  ADAMW_VECTORIZE
-  for (int64_t i = 0; i < end; ++i) {
-    bool not_finite;
-    tile.bits[i] = bits_of_second(tile.first[i], tile.second[i], rescale, not_finite);
-    tile.not_finite[i] = not_finite;
-  }
+// Codes and words out of the bits and ranks of second moments, and of first moments.
+void write_codes(Tile& tile) {
+  const int64_t count = tile.count, whole = count / kGroup * kGroup, end = padded(tile);
   choose_ranges(tile);
   for (int64_t begin = 0; begin < end; begin += kGroup) {
-    const Codebook book = codebook_of_word(tile.word[begin / kGroup]);
+    const uint32_t word = tile.word[begin / kGroup], e = word >> 8;
+    const Codebook book = kCodebooks.of_mode[(word >> 4) & 15u];
     ADAMW_VECTORIZE_GROUP
     for (int64_t i = begin; i < begin + kGroup; ++i) {
-      const uint32_t code = encode_second(tile.bits[i], book, RandomBits{0, tile.word1[i]}.for_second_moment());
-      const Position at = position(code, book);
-      const float ratio = tile.first[i] * inverse_of(code, at);
+      const uint32_t code = encode_second(tile.bits[i], e, book, tile.random[i]);
+      const float inverse = inverse_of(code, e, book);
+      const float ratio = tile.first[i] * inverse;
       tile.second_code[i] = code;
-      tile.reference[i] = reference_of(code, at);
+      tile.distance[i] = distance_of(tile.first[i], tile.before[i], inverse);
       tile.ratio[i] = ratio;
-      tile.rank[i] = float_bits(ratio) & 0x7fffffffu;
+      tile.rank[i] = float_bits(larger_ratio(0.0f, ratio));
     }
   }
   find_greatest(tile, tile.rank);
@@ -333,20 +377,23 @@ void store_moments8(Tile& tile) {
   for (int64_t group = 0; group < end / kGroup; ++group) {
     const uint32_t j = ratio_code(bits_float(tile.greatest[group]));
     tile.word[group] |= j;
-    tile.scale[group] = ratio_scale(j);
+    tile.two_steps[group] = 2.0f * ratio_step(j);
+    tile.steps_per_ratio[group] = steps_per_ratio(j);
   }
   for (int64_t begin = 0; begin < end; begin += kGroup) {
-    const RatioScale scale = tile.scale[begin / kGroup];
+    const RatioScale scale = {tile.two_steps[begin / kGroup], tile.steps_per_ratio[begin / kGroup]};
     ADAMW_VECTORIZE_GROUP
     for (int64_t i = begin; i < begin + kGroup; ++i) {
-      tile.first_code[i] = encode_first(tile.ratio[i], tile.first[i], tile.before[i], tile.reference[i], scale,
-                                        tile.not_finite[i] != 0, RandomBits{0, tile.word1[i]}.for_first_moment());
+      tile.first_code[i] = encode_first(tile.ratio[i], tile.distance[i], scale, tile.random[i]);
     }
   }
   int8_t* first_code = elements<int8_t>(tile.row->exp_avg, tile);
   uint8_t* second_code = elements<uint8_t>(tile.row->exp_avg_sq, tile);
-  ADAMW_VECTORIZE
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < whole; i += kGroup) {
+    narrow_codes(tile.first_code + i, first_code + i);
+    narrow_codes(tile.second_code + i, second_code + i);
+  }
+  for (int64_t i = whole; i < count; ++i) {
     first_code[i] = static_cast<int8_t>(tile.first_code[i]);
     second_code[i] = static_cast<uint8_t>(tile.second_code[i]);
   }
@@ -355,8 +402,18 @@ void store_moments8(Tile& tile) {
   for (int64_t group = 0; group < end / kGroup; ++group) words[group] = static_cast<uint16_t>(tile.word[group]);
 }
 
-// --- moments of all formats
-// -------------------------------------------------------------------------------------------
+void store_moments8(Tile& tile) {
+  const int64_t end = padded(tile);
+  const float rescale = tile.coefficients->rescale;
+  ADAMW_VECTORIZE
+  for (int64_t i = 0; i < end; ++i) {
+    tile.bits[i] = bits_of_second(tile.first[i], tile.second[i], rescale);
+    tile.rank[i] = rank_of(tile.bits[i]);
+  }
+  write_codes(tile);
+}
+
+// --- moments of all formats ------------------------------------------------------------------------------------------
 
 // In the order of MomentFormat.
 constexpr TileStage kLoadMoments[kMomentFormats] = {load_moments<float>, load_moments<bf16>, load_moments8};
@@ -368,12 +425,9 @@ constexpr TileStage kStoreBuffer[] = {store_buffer_wide, store_buffer_in_bf16};
 
 // --- a tile --------------------------------------------------------------------------------------------------------
 
-template <bool kWord0, bool kWord1>
 void draw(Tile& tile) {
-  draw_words<kWord0, kWord1>(tile.key, tile.row->first_element + tile.begin, tile.count, tile.word0, tile.word1);
+  tile.random = draw_words(tile.key, tile.row->first_element + tile.begin, padded(tile), tile.drawn);
 }
-
-void draw_nothing(Tile& /*tile*/) {}
 
 template <bool kWithAmsgrad, bool kWithVariants>
 void update_tile(Tile& tile) {
@@ -406,7 +460,7 @@ void average_tile(Tile& tile) {
     ADAMW_VECTORIZE
     for (int64_t i = 0; i < count; ++i) {
       const float average = moving_average(load<float>(ema + i), tile.weight[i], weight_of_new);
-      store_stochastic(ema + i, average, RandomBits{tile.word0[i], 0}.for_average());
+      store_stochastic(ema + i, average, RandomBits{tile.random[i]}.for_average());
     }
   } else {
     float* ema = elements<float>(tile.row->ema, tile);
@@ -420,25 +474,20 @@ bool is_packed(int64_t flags) {
   return format_of(flags, kParamFormatShift) != kNative || format_of(flags, kMomentFormatShift) != kMomentsWide;
 }
 
-// Whether weights or their averages are rounded stochastically, by an element's first random word; whether moments are,
-// by its second.
-bool uses_word0(int64_t flags) {
+// Whether weights, moments or averages are rounded stochastically.
+bool is_rounded_stochastically(int64_t flags) {
   const int64_t param_format = format_of(flags, kParamFormatShift);
-  return (flags & kEmaBfloat16) || param_format == kStochastic || param_format == kSplit24;
-}
-bool uses_word1(int64_t flags) { return format_of(flags, kMomentFormatShift) != kMomentsWide; }
-
-TileStage draw_stage(int64_t flags) {
-  if (uses_word0(flags)) return uses_word1(flags) ? draw<true, true> : draw<true, false>;
-  return uses_word1(flags) ? draw<false, true> : draw_nothing;
+  return (flags & kEmaBfloat16) || param_format == kStochastic || param_format == kSplit24 ||
+         format_of(flags, kMomentFormatShift) != kMomentsWide;
 }
 
-// Elements [begin, end) of a tensor; `begin` is a multiple of kGroup.
-void update_packed(const TensorRow& row, int64_t grad, int64_t coefficients, int64_t begin, int64_t end) {
-  const int64_t flags = row.flags, moment_format = format_of(flags, kMomentFormatShift);
+// Elements [begin, end) of a tensor; `begin` is a multiple of kGroup. `flags`: the row's, or some of them.
+void update_packed(const TensorRow& row, int64_t flags, int64_t grad, int64_t coefficients, int64_t begin,
+                   int64_t end) {
+  const int64_t moment_format = format_of(flags, kMomentFormatShift);
   const TileStage load_weight = weight_stage(row, kLoadWeights, load_weights<float>);
   const TileStage store_weight = weight_stage(row, kStoreWeights, store_weights<float>);
-  const TileStage draw_words_of = draw_stage(flags);
+  const bool is_rounded = is_rounded_stochastically(flags);
   TileStage load_moments = kLoadMoments[moment_format], store_moments = kStoreMoments[moment_format];
   if (flags & kSgd) {
     load_moments = flags & kMomentum ? kLoadBuffer[moment_format] : no_buffer;
@@ -454,7 +503,7 @@ void update_packed(const TensorRow& row, int64_t grad, int64_t coefficients, int
     load_weight(tile);
     kLoadGradients[(flags >> kGradDtypeShift) & kDtypeMask](tile);
     load_moments(tile);
-    draw_words_of(tile);
+    if (is_rounded) draw(tile);
     if (flags & kSgd) {
       update_tile_of_sgd(tile);
     } else if (flags & kAmsgrad) {

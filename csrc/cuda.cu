@@ -18,7 +18,7 @@ constexpr int kMinBlocks = sizeof(P) == 8                                       
                            : sizeof(P) + sizeof(G) == 8                         ? 5
                            : sizeof(P) == 4 && sizeof(M) == 4 && sizeof(G) == 2 ? 3
                                                                                 : 4;
-// Of some 1,500 instructions a round, on eight elements side by side, two blocks have enough to hide its loads'
+// Of some 1,150 instructions a round, on eight elements side by side, two blocks have enough to hide its loads'
 // latency; three would spill on sm_90.
 constexpr int kMinBlocks8 = 2;
 

@@ -20,65 +20,72 @@ __device__ __forceinline__ uint32_t largest_of_group(uint32_t x) {
   return x;
 }
 
+__device__ const Codebooks kCodebooks = make_codebooks();
+
 template <int N>
 __device__ __forceinline__ void decode(uint32_t word, const Vector<int8_t, N>& first_code,
                                        const Vector<uint8_t, N>& second_code, float unscale, Vector<float, N>& m,
                                        Vector<float, N>& v) {
-  const Codebook book = make_codebook(word >> 8, (word >> 4) & 15u);
+  const Codebook book = kCodebooks.of_mode[(word >> 4) & 15u];
   const float step = ratio_step(word & 15u);
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    const uint32_t code = second_code.at[k];
-    const Position where = position(code, book);
-    m.at[k] = decode_first(first_code.at[k], reference_of(code, where), step);
-    v.at[k] = decode_second(code, where, unscale);
+    const uint32_t code = second_code.at[k], bits = bits_of_code(code, word >> 8, book);
+    m.at[k] = decode_first(first_code.at[k], reference_of(code, bits), step);
+    v.at[k] = decode_second(code, bits, unscale);
   }
 }
 
-// `before`: the first moment as it was decoded. An `m` that is not finite becomes 0. Returns the group's word.
+// The smallest of a group's non-zero x; 0 if there is none.
+template <int N>
+__device__ __forceinline__ uint32_t smallest_of_group(const uint32_t (&bits)[N]) {
+  uint32_t least = 0;  // ~(smallest - 1)
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    const uint32_t inverted = 0u - bits[k];
+    least = least > inverted ? least : inverted;
+  }
+  return 0u - largest_of_group<N>(least);
+}
+
+// `before`: the first moment as it was decoded. An `m` that is not finite becomes NaN. Returns the group's word.
 template <int N>
 __device__ __forceinline__ uint32_t encode(Vector<float, N>& m, const Vector<float, N>& v,
                                            const Vector<float, N>& before, float rescale, const RandomBits (&random)[N],
                                            Vector<int8_t, N>& first_code, Vector<uint8_t, N>& second_code) {
   uint32_t bits[N], largest = 0;
-  bool not_finite[N];
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    bits[k] = bits_of_second(m.at[k], v.at[k], rescale, not_finite[k]);
+    bits[k] = bits_of_second(m.at[k], v.at[k], rescale);
     largest = largest > bits[k] ? largest : bits[k];
   }
   largest = largest_of_group<N>(largest);
-  uint32_t least = 0;  // ~(smallest - 1), which is 0 where there is none
+  uint32_t smallest = smallest_of_group(bits);
+  if (reaches_dead(smallest, largest)) {  // alike in all lanes of the group
 #pragma unroll
-  for (int k = 0; k < N; ++k) {
-    bits[k] = forget_dead(bits[k], m.at[k], largest);
-    const uint32_t inverted = 0u - bits[k];
-    least = least > inverted ? least : inverted;
+    for (int k = 0; k < N; ++k) bits[k] = forget_dead(bits[k], m.at[k], largest);
+    smallest = smallest_of_group(bits);
   }
-  const uint32_t smallest = 0u - largest_of_group<N>(least);
-  const uint32_t mode = mode_of(smallest, largest);
-  const Codebook book = make_codebook(first_octave(smallest, largest, mode), mode);
+  const uint32_t mode = mode_of(smallest, largest), e = first_octave(smallest, largest, mode);
+  const Codebook book = kCodebooks.of_mode[mode];
 
-  float ratio[N];
-  uint32_t largest_ratio = 0;
+  float ratio[N], distance[N], largest_ratio = 0.0f;
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    const uint32_t code = encode_second(bits[k], book, random[k].for_second_moment());
+    const uint32_t code = encode_second(bits[k], e, book, random[k].word);
+    const float inverse = inverse_of(code, e, book);
     second_code.at[k] = static_cast<uint8_t>(code);
-    ratio[k] = m.at[k] * inverse_of(code, position(code, book));
-    const uint32_t magnitude = float_bits(ratio[k]) & 0x7fffffffu;
-    largest_ratio = largest_ratio > magnitude ? largest_ratio : magnitude;
+    ratio[k] = m.at[k] * inverse;
+    distance[k] = distance_of(m.at[k], before.at[k], inverse);
+    largest_ratio = larger_ratio(largest_ratio, ratio[k]);
   }
-  const uint32_t j = ratio_code(bits_float(largest_of_group<N>(largest_ratio)));
+  const uint32_t j = ratio_code(bits_float(largest_of_group<N>(float_bits(largest_ratio))));
   const RatioScale scale = ratio_scale(j);
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    const uint32_t code = second_code.at[k];
-    const float reference = reference_of(code, position(code, book));
-    first_code.at[k] = static_cast<int8_t>(
-        encode_first(ratio[k], m.at[k], before.at[k], reference, scale, not_finite[k], random[k].for_first_moment()));
+    first_code.at[k] = static_cast<int8_t>(encode_first(ratio[k], distance[k], scale, random[k].word));
   }
-  return book.e << 8 | mode << 4 | j;
+  return e << 8 | mode << 4 | j;
 }
 
 // Elements [i, i + N), all of one group. All lanes of a group call this together, those also whose element lies behind

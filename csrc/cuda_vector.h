@@ -94,12 +94,29 @@ __device__ __forceinline__ bool start_vectors(const At& at, int64_t shift) {
 
 // --- random bits ----------------------------------------------------------------------------------------------------
 
+// Of elements [i, i + N), which begin inside a pair where their shard does, or where chunk boundaries are moved by an
+// odd number of elements: throughout a tensor or never.
 template <int N, typename At>
 __device__ __forceinline__ void draw(const At& at, int64_t i, RandomBits (&random)[N]) {
   const uint64_t key = *global_pointer<const uint64_t>(at.coefficients() + kKeyOffset);
   const int64_t first = at.row().first_element + i;
+  if constexpr (N == 1) {
+    random[0] = random_bits(key, first);
+  } else if (first & 1) {
+    RandomPair pairs[N / 2 + 1];
 #pragma unroll
-  for (int k = 0; k < N; ++k) random[k] = random_bits(key, first + k);
+    for (int k = 0; k <= N / 2; ++k) pairs[k] = counter_of(key, (first >> 1) + k);
+    do_rounds(key, pairs);
+#pragma unroll
+    for (int k = 0; k < N; ++k) random[k].word = k & 1 ? pairs[(k + 1) / 2].even : pairs[k / 2].odd;
+  } else {
+    RandomPair pairs[N / 2];
+#pragma unroll
+    for (int k = 0; k < N / 2; ++k) pairs[k] = counter_of(key, (first >> 1) + k);
+    do_rounds(key, pairs);
+#pragma unroll
+    for (int k = 0; k < N; ++k) random[k].word = k & 1 ? pairs[k / 2].odd : pairs[k / 2].even;
+  }
 }
 
 // --- weights --------------------------------------------------------------------------------------------------------

@@ -5,13 +5,13 @@
 // * v is held as x = v * scale. The scale grows by 1 / beta2 a step and falls by half where it reaches 2^25, so a v
 //   that merely decays moves by nothing or one octave, but for a float32's last bits: what gradients add is rounded.
 //   Codes 1 to 255 stand for the octaves from 2^(e-127) up, N of them an octave, N being 254 / (number of octaves that
-//   `mode` says); the range follows the group's smallest and largest v. Always rounded stochastically: at beta2 = 0.999
-//   v moves a tenth of a code step. Code 0 is v = 0, to which no other v is ever rounded.
+//   `mode` says), at equal distances but for 3e-5 of one; the range follows the group's smallest and largest v. Always
+//   rounded stochastically: at beta2 = 0.999 v moves a tenth of a code step. Code 0 is v = 0, to which no other v is
+//   ever rounded.
 // * m is held as a multiple of s = sqrt(x) to within 1 to 1.5, a power of two or 4/3 of one that the octave of v's code
 //   tells, in 127ths of the group's largest ratio, which `j` tells to half an octave. So whatever is lost of v, the
 //   update m / sqrt(v) stays bounded. Rounded to nearest where m moved by two steps of its code or more (gradient
-//   noise dithers it), stochastically where it moved less. -128 is NaN: what was not finite stays where
-//   it was.
+//   noise dithers it), stochastically where it moved less. -128 is NaN: what was not finite stays where it was.
 // * An element without gradients, whose m has become 0, is forgotten when its v falls 16 octaves behind its group's
 //   largest: it would cost its neighbours their resolution.
 //
@@ -46,11 +46,13 @@ ADAMW_HD void advance_scale(float& scale, double beta2, float& unscale, float& r
 
 // --- what a group's elements share ------------------------------------------------------------------------------
 
-struct Codebook {
-  uint32_t e;           // biased exponent of the first octave
+// How codes of v lie within octaves, whatever the first one is. What decoding takes is one access for a GPU, and what
+// encoding takes.
+struct alignas(16) Codebook {
+  uint32_t spacing;     // 2^23 / N, from one code to the next, times 2^shift and rounded up
+  uint32_t shift;       // as much as 254 spacings, in 32 bits, allow
   uint32_t per_octave;  // N: codes an octave
-  uint32_t reciprocal;  // 2^32 / N, rounded up
-  uint32_t inverse;     // 2^16 / N, rounded up
+  uint32_t inverse;     // 2^22 / N, rounded up
 };
 
 // 1, 2, ..., 8, 10, 12, 14, 16, 20, 24, 28, 32
@@ -59,12 +61,23 @@ ADAMW_HD uint32_t octaves_of(uint32_t mode) {
   return ((mode & 3u) + (mode < 4 ? 1u : 5u)) << shift;
 }
 
-ADAMW_HD constexpr Codebook make_codebook(uint32_t e, uint32_t mode) {
+ADAMW_HD constexpr Codebook make_codebook(uint32_t mode) {
   // 254 / octaves_of(mode), four to a word.
   const uint32_t low = mode < 4 ? 0x3f547ffeu : 0x1f242a32u, high = mode < 12 ? 0x0f121519u : 0x07090a0cu;
   const uint32_t n = ((mode < 8 ? low : high) >> (8 * (mode & 3))) & 255u;
-  const uint32_t reciprocal = 0xffffffffu / n + 1u;
-  return {e, n, reciprocal, (reciprocal >> 16) + 1u};
+  const uint32_t shift = mode < 4 ? 8u - (mode + 1u) / 2u : 7u - (mode + 1u) / 4u;
+  const uint32_t reciprocal = 0xffffffffu / n;  // 2^32 / N, rounded down: N is no power of two
+  return {(reciprocal >> (9u - shift)) + 1u, shift, n, (reciprocal >> 10) + 1u};
+}
+
+// By mode: a table saves each group a division.
+struct Codebooks {
+  Codebook of_mode[16];
+};
+ADAMW_HD constexpr Codebooks make_codebooks() {
+  Codebooks books = {};
+  for (uint32_t mode = 0; mode < 16; ++mode) books.of_mode[mode] = make_codebook(mode);
+  return books;
 }
 
 // `smallest`, `largest`: bits of the group's non-zero x; 0 where there is none.
@@ -96,7 +109,7 @@ ADAMW_HD float steps_per_ratio(uint32_t j) {
   return bits_float((508u - half_octave) << 22) * (half_octave & 1u ? 127.0f * (8.0f / 9.0f) : 127.0f);
 }
 
-// What encoding needs of it.
+// What encoding needs of it. `two_steps`: of m / s.
 struct RatioScale {
   float two_steps;
   float steps_per_ratio;
@@ -106,79 +119,98 @@ ADAMW_HD RatioScale ratio_scale(uint32_t j) { return {2.0f * ratio_step(j), step
 
 // --- one element ----------------------------------------------------------------------------------------------------
 
-// x, or 0 where not `kept`. An integer mask: of selects that depend on each other, gcc 12 makes twenty instructions
-// that combine masks instead of one.
-ADAMW_HD uint32_t keep(bool kept, uint32_t x) { return x & (0u - static_cast<uint32_t>(kept)); }
-
-// What a code of v stands for: the bits of x, and the half octave of s. Nothing of it holds for code 0.
-struct Position {
-  uint32_t bits;
-  uint32_t half_octave;
-};
-
-ADAMW_HD Position position(uint32_t code, const Codebook& book) {
-  const uint32_t q = code - 1u;
-  const uint32_t octave = (q * book.inverse) >> 16;  // q / N
-  const uint32_t within = q - octave * book.per_octave;
-  const uint32_t bits = ((book.e + octave) << 23) + ((within * book.reciprocal + 256u) >> 9);
-  return {bits, book.e + octave + 127u};
+// x, or 0 where not `kept`. On CPUs an integer mask: of selects that depend on each other, gcc 12 makes twenty
+// instructions that combine masks instead of one.
+ADAMW_HD uint32_t keep(bool kept, uint32_t x) {
+#ifdef __CUDA_ARCH__
+  return kept ? x : 0u;
+#else
+  return x & (0u - static_cast<uint32_t>(kept));
+#endif
 }
 
-// 1.5 times a power of two becomes 4/3 of it.
-ADAMW_HD float reference_of(uint32_t code, const Position& at) {
-  const uint32_t odd = 0u - (at.half_octave & 1u);
-  return bits_float(keep(code > 0, (at.half_octave << 22) - (odd & 0x155555u)));
+// The bits of x that a code of v stands for, of nothing for code 0. `e`: biased exponent of the group's first octave.
+ADAMW_HD uint32_t bits_of_code(uint32_t code, uint32_t e, const Codebook& book) {
+  return (e << 23) + ((code * book.spacing - book.spacing) >> book.shift);
 }
 
-// 1 / s: 3/4 of a power of two is exact where 4/3 of one is not.
-ADAMW_HD float inverse_of(uint32_t code, const Position& at) {
-  return bits_float(keep(code > 0, (508u - at.half_octave) << 22));
+// s, or 0 for code 0: 1.5 times a power of two becomes 4/3 of it.
+ADAMW_HD float reference_of(uint32_t code, uint32_t bits) {
+  const uint32_t half_octave = ((bits >> 1) & 0x7fc00000u) + (127u << 22), odd = half_octave & 0x400000u;
+  return bits_float(keep(code > 0, half_octave - keep(odd != 0, 0x155555u)));
 }
 
-ADAMW_HD float decode_second(uint32_t code, const Position& at, float unscale) {
-  return bits_float(keep(code > 0, at.bits)) * unscale;
+// 1 / s, or 0 for code 0: 3/4 of a power of two is exact where 4/3 of one is not.
+ADAMW_HD float inverse_of(uint32_t code, uint32_t e, const Codebook& book) {
+  const uint32_t octave = (code * book.inverse - book.inverse) & 0xffc00000u;  // above the first one, times 2^22
+  return bits_float(keep(code > 0, ((381u - e) << 22) - octave));
+}
+
+ADAMW_HD float decode_second(uint32_t code, uint32_t bits, float unscale) {
+  return bits_float(keep(code > 0, bits)) * unscale;
 }
 
 ADAMW_HD float decode_first(int32_t code, float reference, float step) {
   return code == kNotFinite ? bits_float(0x7fc00000u) : static_cast<float>(code) * (reference * step);
 }
 
-// The bits of x; what cannot be held is marked, and x and m count as 0.
-ADAMW_HD uint32_t bits_of_second(float& m, float v, float rescale, bool& not_finite) {
+// The bits of x. What cannot be held is taken out of its group: its x counts as 0, its m is NaN.
+ADAMW_HD uint32_t bits_of_second(float& m, float v, float rescale) {
   const uint32_t bits = float_bits(v * rescale);
-  // & and |, not && and ||: no branches in vectorised loops. A v below 0, which no step gives, is no number either.
-  not_finite = (bits >= kOverflow) | ((float_bits(m) & 0x7fffffffu) >= 0x7f800000u);
-  m = bits_float(keep(!not_finite, float_bits(m)));
+  // | and not ||: no branches in vectorised loops. A v below 0, which no step gives, is no number either.
+  const bool not_finite = (bits >= kOverflow) | ((float_bits(m) & 0x7fffffffu) >= 0x7f800000u);
+  m = not_finite ? bits_float(0x7fc00000u) : m;
   return keep(!not_finite, bits);
 }
 
-ADAMW_HD uint32_t forget_dead(uint32_t bits, float m, uint32_t largest) {
-  const uint32_t far = largest > kForgetBelow ? largest - kForgetBelow : 0u;
-  return keep((m != 0.0f) | (bits >= far), bits);
+// Whether elements as small as a group's smallest are forgotten, if they are dead. `smallest`, `largest`: as above.
+ADAMW_HD bool reaches_dead(uint32_t smallest, uint32_t largest) {
+  return static_cast<int32_t>(largest - smallest) > static_cast<int32_t>(kForgetBelow);
 }
 
-// `random`: 16 bits. Octaves and what lies within one are one number, as no group holds more than 254 codes of 2^23.
-ADAMW_HD uint32_t encode_second(uint32_t bits, const Codebook& book, uint32_t random) {
-  const auto above = static_cast<int32_t>(bits - (book.e << 23));
+ADAMW_HD uint32_t forget_dead(uint32_t bits, float m, uint32_t largest) {
+  return keep((m != 0.0f) | !reaches_dead(bits, largest), bits);
+}
+
+// `random`: the element's word, of which the upper 23 bits decide. Octaves and what lies within one are one number,
+// as no group holds more than 254 codes of 2^23.
+ADAMW_HD uint32_t encode_second(uint32_t bits, uint32_t e, const Codebook& book, uint32_t random) {
+  const auto above = static_cast<int32_t>(bits - (e << 23));
   const uint32_t inside = static_cast<uint32_t>(above < 0 ? 0 : above);
-  const uint32_t code = (inside * book.per_octave + (random << 7) + (64u + (1u << 23))) >> 23;
+  const uint32_t code = (inside * book.per_octave + ((random >> 9) + (1u << 23))) >> 23;
   return keep(bits > 0, code);
 }
 
-// `ratio`: m / s. `before`: m of the step before, as it was decoded. `random`: 16 bits.
-ADAMW_HD int32_t encode_first(float ratio, float m, float before, float reference, const RatioScale& scale,
-                              bool not_finite, uint32_t random) {
-  const float distance = bits_float(float_bits(m - before) & 0x7fffffffu);
-  const float two_steps = reference * scale.two_steps;
-  // To nearest: the chance bit breaks ties, else an m that decays by a fixed factor would lag behind.
-  const uint32_t threshold = distance < two_steps ? random : 0x7fffu + (random & 1u);
+// The larger of |m| / s, of which what is no number is none.
+ADAMW_HD float larger_ratio(float largest, float ratio) {
+#ifdef __CUDA_ARCH__
+  return fmaxf(largest, fabsf(ratio));
+#else
+  const float magnitude = bits_float(float_bits(ratio) & 0x7fffffffu);
+  return magnitude > largest ? magnitude : largest;
+#endif
+}
+
+// By how much m / s moved in this step. `before`: m as it was decoded.
+ADAMW_HD float distance_of(float m, float before, float inverse) {
+  return bits_float(float_bits(m - before) & 0x7fffffffu) * inverse;
+}
+
+// `ratio`: m / s. `distance`: by how much it moved. `random`: as above, of which the lower 16 bits decide.
+ADAMW_HD int32_t encode_first(float ratio, float distance, const RatioScale& scale, uint32_t random) {
+  // 128, and in its last 16 bits what is to be added before the rest is cut off. To nearest: the chance bit breaks
+  // ties, else an m that decays by a fixed factor would lag behind.
+  const uint32_t by_chance = 0x43000000u | (random & 0xffffu), to_nearest = 0x43007fffu + (random >> 31);
   float z = ratio * scale.steps_per_ratio;
   z = z > 127.0f ? 127.0f : z;
-  z = z + (static_cast<float>(static_cast<int32_t>(threshold)) * 0x1p-16f + 128.0f);
+  z = z + bits_float(distance < scale.two_steps ? by_chance : to_nearest);
   z = z < 1.0f ? 1.0f : z;  // -127
   // Truncation of what is above 0: SSE2 has no floor.
-  const int32_t code = static_cast<int32_t>(z) - 128;
-  return not_finite ? kNotFinite : code;
+#ifdef __CUDA_ARCH__
+  return __float2int_rz(z) - 128;  // NaN becomes 0
+#else
+  return ratio == ratio ? static_cast<int32_t>(z) - 128 : kNotFinite;
+#endif
 }
 
 }  // namespace

@@ -31,7 +31,7 @@ FLOATING_POINT = re.compile(r"\.(?:f16|bf16|f32|f64)(?:x2)?\b")
 # What moves, compares, selects or converts floating-point values, and what rounds once, to nearest. A product or a sum
 # without `.rn` does not belong here: ptxas may contract it.
 IEEE_OPCODES = re.compile(
-    r"(?:ld|st|mov|selp|setp|neg|abs|cvt|cvta)\.[\w.:]+|(?:add|sub|mul|div|rcp|sqrt)\.rn\.(?:f32x2|f32|f64)"
+    r"(?:ld|st|mov|selp|setp|neg|abs|max|cvt|cvta)\.[\w.:]+|(?:add|sub|mul|div|rcp|sqrt)\.rn\.(?:f32x2|f32|f64)"
 )
 
 

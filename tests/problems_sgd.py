@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from problems import Case, Launch, Training, make_case
-from reference import compute_dtype, random_bits, random_key, step_count_after
+from reference import compute_dtype, random_key, random_words, step_count_after
 from reference_sgd import step_sgd
 
 from adamw_kernels import FusedSGDW, formats
@@ -74,7 +74,7 @@ class SgdCase(Case):
             flat,
             flat["grad"],
             int(step),
-            random_bits(random_key(seed, position, int(step)), self.first_element + np.arange(positions.size)),
+            random_words(random_key(seed, position, int(step)), self.first_element + np.arange(positions.size)),
             param_dtype=self.param_dtype,
             grad_dtype=self.grad_dtype,
             param_format=self.param_format,

@@ -622,13 +622,13 @@ def ema_exact(
                 f"the average is computed in {np.dtype(compute)}, got a weight of {np.asarray(ema_w).dtype}"
             )
         with np.errstate(all="ignore"):
-            return stochastic_bfloat16(e.astype(np.float32), words)
+            return stochastic_bfloat16(e.astype(np.float32), bits_for_average(np.asarray(words)))
     if ema_dtype != np.dtype(compute).name:
         raise TypeError(f"the average of {param_dtype} weights is {np.dtype(compute)} or bfloat16, got {ema_dtype}")
     return store(e, ema_dtype)
 
 
-def stochastic_bfloat16(x: np.ndarray, words: np.ndarray) -> np.ndarray:
+def stochastic_bfloat16(x: np.ndarray, random: np.ndarray) -> np.ndarray:
     """Return float32 values as stored bfloat16, rounded up in magnitude with the probability of what is cut off.
 
     Adding a uniform 16-bit number to the bits carries into the kept half in `cut off` of 65536 cases. A NaN stays a
@@ -636,19 +636,19 @@ def stochastic_bfloat16(x: np.ndarray, words: np.ndarray) -> np.ndarray:
 
     Args:
         x: float32 array.
-        words: uint32 array of its shape, of which the lower halves are read.
+        random: uint32 array of its shape, of which the lower 16 bits are read.
 
     Raises:
         TypeError: an array is of another dtype.
     """
-    x, words = np.asarray(x), np.asarray(words)
-    if x.dtype != np.float32 or words.dtype != np.uint32:
-        raise TypeError(f"stochastic rounding takes float32 values and uint32 words, got {x.dtype} and {words.dtype}")
+    x, random = np.asarray(x), np.asarray(random)
+    if x.dtype != np.float32 or random.dtype != np.uint32:
+        raise TypeError(f"stochastic rounding takes float32 values and uint32 words, got {x.dtype} and {random.dtype}")
     bits = np.ascontiguousarray(x).view(np.uint32).reshape(x.shape)
     is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
     quiet = (bits >> np.uint32(16)) | np.uint32(0x40)
     # Only a NaN could carry out of the 32 bits, and it is replaced.
-    rounded = (np.where(is_nan, np.uint32(0), bits) + (words & np.uint32(0xFFFF))) >> np.uint32(16)
+    rounded = (np.where(is_nan, np.uint32(0), bits) + (random & np.uint32(0xFFFF))) >> np.uint32(16)
     return np.where(is_nan, quiet, rounded).astype(np.uint16)
 
 
@@ -677,21 +677,38 @@ def mix(z: int) -> int:
 
 
 def random_words(key: int, indices: np.ndarray) -> np.ndarray:
-    """Return an element's first word: its lower half rounds an average, its upper half a weight. Arguments below."""
-    return random_bits(key, indices)[0]
-
-
-def random_bits(key: int, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return two uint32 words an element; the second one's lower half rounds a first moment, its upper half a second.
+    """Return one uint32 word an element, which serves all its roundings: a call's two words are two neighbours'.
 
     Args:
         key: of `random_key`. Its upper half enters the counter: Philox2x32 has a 32-bit key.
         indices: positions of the elements in the parameter's memory order, of any integer dtype and shape.
     """
     indices = np.asarray(indices).astype(np.uint64)
-    low = (indices & np.uint64(0xFFFFFFFF)).astype(np.uint32)
-    high = (indices >> np.uint64(32)).astype(np.uint32) ^ np.uint32(key >> 32)
-    return philox2x32(low, high, key & 0xFFFFFFFF)
+    pairs = indices >> np.uint64(1)
+    low = (pairs & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+    high = (pairs >> np.uint64(32)).astype(np.uint32) ^ np.uint32(key >> 32)
+    even, odd = philox2x32(low, high, key & 0xFFFFFFFF)
+    return np.where(indices & np.uint64(1), odd, even)
+
+
+def bits_for_first_moment(words: np.ndarray) -> np.ndarray:
+    """Return 16 bits of each word: its lower half."""
+    return words & np.uint32(0xFFFF)
+
+
+def bits_for_second_moment(words: np.ndarray) -> np.ndarray:
+    """Return 16 bits of each word: its upper half."""
+    return words >> np.uint32(16)
+
+
+def bits_for_weight(words: np.ndarray) -> np.ndarray:
+    """Return 16 bits of each word, independent of either half: both, added without carries."""
+    return (words ^ (words >> np.uint32(16))) & np.uint32(0xFFFF)
+
+
+def bits_for_average(words: np.ndarray) -> np.ndarray:
+    """Return 16 bits of each word, independent of the weight's: those in its middle."""
+    return (words >> np.uint32(8)) & np.uint32(0xFFFF)
 
 
 def philox2x32(c0: np.ndarray, c1: np.ndarray, key: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,18 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from reference import ARRAY_DTYPE, adamw_exact, coefficients, compute_dtype, load, stochastic_bfloat16, store
+from reference import (
+    ARRAY_DTYPE,
+    adamw_exact,
+    bits_for_first_moment,
+    bits_for_second_moment,
+    bits_for_weight,
+    coefficients,
+    compute_dtype,
+    load,
+    stochastic_bfloat16,
+    store,
+)
 
 PARAM_FORMATS = ("native", "stochastic", "split24", "split32")
 MOMENT_FORMATS = ("float32", "bfloat16", "8bit")
@@ -161,6 +172,10 @@ FIRST_SCALE = np.float32(2.0**24)
 # What `mode` stands for: octaves that the codes of a group's second moments span, and codes in each of them.
 OCTAVES = np.array([1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32])
 CODES_PER_OCTAVE = 254 // OCTAVES
+# From one code to the next: 2^23 / N units of float32's bits, rounded up to a multiple of 2^-shift, so that
+# 254 of them take no more than 32 bits.
+SHIFT = np.array([8, 7, 7, 6, 6, 6, 6, 5, 5, 5, 5, 4, 4, 4, 4, 3])
+SPACING = -(-(1 << (23 + SHIFT)) // CODES_PER_OCTAVE)
 
 EIGHT_NINTHS = np.float32(8) / np.float32(9)
 NOT_FINITE = -128
@@ -204,10 +219,8 @@ def read_words(groups: np.ndarray) -> Codebook:
 
 def position(code: np.ndarray, book: Codebook) -> tuple[np.ndarray, np.ndarray]:
     """Return what codes of a second moment stand for: bits of the scaled value, and its octave. Not for code 0."""
-    per_octave = CODES_PER_OCTAVE[book.mode]
-    octave, within = np.divmod(np.maximum(code - 1, 0), per_octave)
-    reciprocal = 0xFFFFFFFF // per_octave + 1
-    return ((book.e + octave) << 23) + ((within * reciprocal + 256) >> 9), book.e + octave
+    q = np.maximum(code - 1, 0)
+    return (book.e << 23) + ((q * SPACING[book.mode]) >> SHIFT[book.mode]), book.e + q // CODES_PER_OCTAVE[book.mode]
 
 
 def reference_of(code: np.ndarray, octave: np.ndarray) -> np.ndarray:
@@ -262,7 +275,8 @@ def encode_moments(
         m: first moments, float32, flat.
         v: second moments.
         before: first moments of the step before, as decoded.
-        words: uint32, lower halves for the first moments, upper halves for the second.
+        words: uint32, of which the lower 16 bits decide about first moments, the upper 23 about second ones; the first
+            bit breaks ties of first moments.
         rescale: the scale to store with.
     """
     size = m.size
@@ -283,7 +297,7 @@ def encode_moments(
     book = Codebook(e, mode, np.zeros_like(e))
 
     per_octave = CODES_PER_OCTAVE[mode]
-    within = ((bits & 0x7FFFFF) * per_octave + ((words >> 16) << 7) + 64) >> 23
+    within = ((bits & 0x7FFFFF) * per_octave + (words >> 9)) >> 23
     second = np.where(bits > 0, np.clip(((bits >> 23) - e) * per_octave + within, 0, 254) + 1, 0)
 
     _, octave = position(second, book)
@@ -291,12 +305,11 @@ def encode_moments(
     inverse = np.where(second > 0, float_of((508 - (octave + 127)) << 22), np.float32(0))
     with np.errstate(all="ignore"):
         ratio = np.where(not_finite, np.float32(0), m * inverse)
+        distance = np.abs(m - before) * inverse
         largest_ratio = (bits_of(ratio) & 0x7FFFFFFF).max(axis=1, keepdims=True)
         j = np.clip(240 - ((largest_ratio + 0x3FFFFF) >> 22), 0, 15)
-        two_steps = np.float32(2) * (reference_of(second, octave) * ratio_step(j))
-        still = np.abs(m - before) < two_steps
-        lower = words & 0xFFFF
-        threshold = np.where(still, lower, 0x7FFF + (lower & 1)).astype(np.float32) * np.float32(2.0**-16)
+        still = distance < np.float32(2) * ratio_step(j)
+        threshold = np.where(still, words & 0xFFFF, 0x7FFF + (words >> 31)).astype(np.float32) * np.float32(2.0**-16)
         z = np.clip(ratio * steps_per_ratio(j), np.float32(-127), np.float32(127))
         first = np.where(not_finite, NOT_FINITE, (z + (threshold + np.float32(128))).astype(np.int64) - 128)
     return (
@@ -313,7 +326,7 @@ def step_packed(
     state: Mapping[str, np.ndarray],
     grad: np.ndarray,
     t: int,
-    words: tuple[np.ndarray, np.ndarray],
+    words: np.ndarray,
     *,
     param_dtype: str,
     grad_dtype: str,
@@ -331,7 +344,7 @@ def step_packed(
         state: flat arrays in memory order by the names of the optimizer's state, `param` beside them.
         grad: stored gradient, flat, in the parameter's memory order.
         t: steps taken including this one.
-        words: of `random_bits`, for every element.
+        words: of `random_words`, for every element.
         param_dtype: storage dtype of the weights.
         grad_dtype: storage dtype of the gradient.
         param_format: one of `PARAM_FORMATS`; 'native' for float32 weights and wider.
@@ -365,18 +378,18 @@ def step_packed(
         cautious_weight_decay=cautious_weight_decay,
     )
     after: dict[str, np.ndarray] = {}
-    after["param"], remainder = store_weight(p, param_dtype, param_format, words[0] >> np.uint32(16))
+    after["param"], remainder = store_weight(p, param_dtype, param_format, bits_for_weight(words))
     if remainder is not None:
         after["param_remainder"] = remainder
     if amsgrad:
         after["max_exp_avg_sq"] = store(v_max, moment_dtype)
     if moment_format == "8bit":
-        codes = encode_moments(m, v, before, words[1], scaling.rescale)
+        codes = encode_moments(m, v, before, words, scaling.rescale)
         after |= zip(("exp_avg", "exp_avg_sq", "moment_groups"), codes, strict=True)
         after["exp_avg_sq_scale"] = np.array(scaling.rescale, np.float32)
     elif moment_format == "bfloat16":
-        after["exp_avg"] = stochastic_bfloat16(m, words[1] & np.uint32(0xFFFF))
-        after["exp_avg_sq"] = stochastic_bfloat16(v, words[1] >> np.uint32(16))
+        after["exp_avg"] = stochastic_bfloat16(m, bits_for_first_moment(words))
+        after["exp_avg_sq"] = stochastic_bfloat16(v, bits_for_second_moment(words))
     else:
         after["exp_avg"], after["exp_avg_sq"] = store(m, moment_dtype), store(v, moment_dtype)
     return after

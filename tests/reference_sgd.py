@@ -12,7 +12,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from reference import Coefficients, clip_coefficient, compute_dtype, ema_weight, load, stochastic_bfloat16, store
+from reference import (
+    Coefficients,
+    bits_for_first_moment,
+    bits_for_weight,
+    clip_coefficient,
+    compute_dtype,
+    ema_weight,
+    load,
+    stochastic_bfloat16,
+    store,
+)
 from reference_formats import load_weight, store_weight
 
 
@@ -92,7 +102,7 @@ def step_sgd(
     state: Mapping[str, np.ndarray],
     grad: np.ndarray,
     t: int,
-    words: tuple[np.ndarray, np.ndarray],
+    words: np.ndarray,
     *,
     param_dtype: str,
     grad_dtype: str,
@@ -108,7 +118,7 @@ def step_sgd(
         state: flat arrays in memory order by the names of the optimizer's state, `param` beside them.
         grad: stored gradient, flat, in the parameter's memory order.
         t: steps taken including this one.
-        words: of `random_bits`, for every element.
+        words: of `random_words`, for every element.
         param_dtype: storage dtype of the weights.
         grad_dtype: storage dtype of the gradient.
         param_format: one of `PARAM_FORMATS`; 'native' for float32 weights and wider.
@@ -125,11 +135,11 @@ def step_sgd(
     m = load(state["momentum_buffer"], buffer_dtype, compute) if has_buffer else np.zeros_like(p)
     p, m = sgdw_exact(p, load(grad, grad_dtype, compute), m, c, l2=not decoupled, nesterov=nesterov)
     after: dict[str, np.ndarray] = {}
-    after["param"], remainder = store_weight(p, param_dtype, param_format, words[0] >> np.uint32(16))
+    after["param"], remainder = store_weight(p, param_dtype, param_format, bits_for_weight(words))
     if remainder is not None:
         after["param_remainder"] = remainder
     if has_buffer and moment_format == "bfloat16":
-        after["momentum_buffer"] = stochastic_bfloat16(m, words[1] & np.uint32(0xFFFF))
+        after["momentum_buffer"] = stochastic_bfloat16(m, bits_for_first_moment(words))
     elif has_buffer:
         after["momentum_buffer"] = store(m, buffer_dtype)
     return after

@@ -81,8 +81,8 @@ MAX_REGISTERS = {
     "adamw-float32": 96,  # 89, 78, 63, 62; 91, 83, 68, 70; 89, 89, 80, 77
     "adamw-bfloat16": 128,  # 72, 72, 64, 80; 118, 122, 128, 118
     "adamw-8bit": 128,  # 86, 88, 75, 83; 125, 122, 125, 124
-    "sgdw-float32": 72,  # 60, 50, 40, 40; 69, 69, 48, 40; 56, 66, 48, 48
-    "sgdw-bfloat16": 104,  # 59, 62, 56, 74; 96, 103, 86, 80
+    "sgdw-float32": 80,  # 60, 50, 40, 40; 76, 75, 48, 40; 56, 66, 48, 48
+    "sgdw-bfloat16": 112,  # 59, 62, 56, 74; 100, 111, 105, 90
 }
 # On gfx942, where 64 vector registers let 8 wavefronts share a SIMD unit, 72 let 7 and 104 let 4. measure and decide
 # 24, sum_up 36, prepare 70.
@@ -381,10 +381,10 @@ def test_random_words_take_one_product_a_round(nvidia: dict[str, Any], name: str
     rounds = 7 * (elements + elements // triton_kernels.MASKED_SHARE)
     products, parts = sass_wide_products(NvidiaKernel(nvidia[name]).sass)
     # The address of a chunk's row, and such, are a few more (1; 6 with Triton 3.6); divisions by the codes an octave, 4
-    # a group, and what else codes are made of, 15 (21 on sm_120). That is also full of products of 32 bits.
+    # a group, and what else codes are made of, 23 (29 on sm_120). That is also full of products of 32 bits.
     packed = UPDATES[name][2] == "8bit"
-    assert rounds <= products <= rounds + (24 if packed else 8)
-    assert packed or parts <= 4
+    assert rounds <= products <= rounds + (32 if packed else 8)
+    assert packed or parts <= 8
 
 
 # --- AMD --------------------------------------------------------------------------------------------------

@@ -314,6 +314,25 @@ def test_threads_and_chunks_do_not_matter(path: Path, threads: None, num_threads
     run_steps(cases, 1, rng, chunk_size=chunk_size)
 
 
+@pytest.mark.parametrize("first_element", [1, 2**33 - 31])
+def test_shards_that_begin_inside_a_pair(path: Path, first_element: int) -> None:
+    """A call of the generator serves two neighbours, of which here the tensor's first element is the second."""
+    rng = np.random.default_rng(61)
+    options = dict(first_element=first_element, ema_format="bfloat16")
+    cases = [
+        make_case(rng, (size,), "bfloat16", "bfloat16", path.device, **options, **formats)
+        for size in (1, 64, 700)
+        for formats in (
+            dict(param_format="stochastic"),
+            dict(param_format="split24", moment_format="bfloat16"),
+            dict(param_format="split24", moment_format="8bit"),
+        )
+    ]
+    without_average = dict(first_element=first_element, moment_format="8bit")  # by another way through the CPU's code
+    cases += [make_case(rng, (size,), "float32", "float32", path.device, **without_average) for size in (31, 700)]
+    run_steps(cases, 2, rng)
+
+
 SIZES = st.one_of(st.integers(0, 40), st.integers(500, 530))
 
 
@@ -336,7 +355,7 @@ def problems_of_formats(draw: st.DrawFn) -> dict[str, Any]:
         update_bound=draw(st.sampled_from(["auto", None, 1e-6, 0.5, 100.0])),
         chunk_size=draw(st.sampled_from([16, 48, 1024])),
         seed=draw(st.integers(0, 2**32 - 1)),
-        first_element=draw(st.sampled_from([0, 16, 2**32 - 16, 2**40])),
+        first_element=draw(st.sampled_from([0, 16, 7, 2**33 - 16, 2**33 - 15, 2**40])),
         steps_taken=draw(st.sampled_from([0, 1, 10, 1000, 2**24])),
     )
 
@@ -417,7 +436,7 @@ def test_one_huge_outlier_in_a_group(path: Path) -> None:
         others = np.arange(16) != 5
         bound = HYPER["lr"] * largest_update(step + 1, HYPER["beta1"], HYPER["beta2"])
         assert np.all(moved > 0)
-        assert np.all(moved <= bound)
+        assert np.all(moved <= bound + 2.0**-24)  # half the last bit of a weight
         if step > 0:
             assert np.all(moved[:16][others] < moved[20]), "what is kept larger than it is moves less"
     assert np.all(case.arrays["exp_avg_sq"] > 0), "no second moment becomes 0"

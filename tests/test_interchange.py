@@ -618,8 +618,8 @@ def test_packing_is_the_judges(device: torch.device, make: Callable[[torch.devic
     codes = empty_codes(m)
     pack_moments(m, v, codes)
     flat = [stored(in_memory_order(x)) for x in (m, v)]
-    nearest = np.full(m.numel(), 0x80008000, np.uint32)
-    expected = formats.encode_moments(*flat, flat[0], nearest, np.float32(2.0**24))
+    nearest = np.full(m.numel(), 0x80000000, np.uint32)  # and first moments that have come from far away
+    expected = formats.encode_moments(*flat, np.full_like(flat[0], 1e30), nearest, np.float32(2.0**24))
     for key, array in zip(("exp_avg_code", "exp_avg_sq_code", "moment_groups"), expected, strict=True):
         np.testing.assert_array_equal(stored(in_memory_order(codes[key])), array, key)
     assert float(codes["exp_avg_sq_scale"]) == 2.0**24

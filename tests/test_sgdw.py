@@ -444,7 +444,7 @@ def drawn_launches(draw: st.DrawFn) -> dict[str, Any]:
         options=draw(drawn_options(accepted=False)),
         chunk_size=draw(st.sampled_from([16, 48, 1024])),
         seed=draw(st.integers(0, 2**32 - 1)),
-        first_element=draw(st.sampled_from([0, 16, 2**32 - 16, 2**40])),
+        first_element=draw(st.sampled_from([0, 16, 7, 2**33 - 16, 2**33 - 15, 2**40])),
         steps_taken=draw(st.sampled_from([0, 1, 1000, 2**24])),
     )
 
