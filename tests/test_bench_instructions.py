@@ -17,12 +17,18 @@ def lines(*opcodes: str, times: int = 1) -> list[str]:
     return [*opcodes] * times
 
 
-# A loop as the kernels' of bfloat16 weights and float32 moments: loads, the rule, moments stored; random words drawn or
-# not; the weight stored natively, by chance, or split; the average or not.
+# A loop as the kernels' of bfloat16 weights and float32 moments: loads, the rule with a root whose slow path is a call,
+# moments stored; random words drawn or not; the weight stored natively, by chance, or split; the average or not.
 LOOP = [
     ".L_head:",
     *lines("LDG.E.128 R4, desc[UR4][R2.64]", times=6),
     *lines("FFMA R4, R4, R5, R6", times=100),
+    "@!P5 BRA `(.L_fast)",
+    "CALL.REL.NOINC `($sqrt_slowpath)",
+    "BRA `(.L_rooted)",
+    ".L_fast:",
+    *lines("FMUL R4, R4, R5", times=5),
+    ".L_rooted:",
     *lines("STG.E.128 desc[UR4][R2.64], R4", times=4),
     "@!P0 BRA `(.L_drawn)",
     *lines("IMAD.WIDE.U32 R8, R8, -0x2da92e6d, RZ", "LOP3.LUT R8, R8, R9, R10, 0x96, !PT", times=56),
@@ -77,8 +83,9 @@ def count(param_format: str) -> int:
     return found
 
 
-# Six loads, a hundred of the rule, four stores; "drawn or not", "split or not", "average or not", "once more".
-COMMON = 6 + 100 + 4 + 4
+# Six loads, a hundred of the rule, a root, which the call would make shorter by three, four stores; "drawn or not",
+# "split or not", "average or not", "once more".
+COMMON = 6 + 100 + 6 + 4 + 4
 
 
 def test_formats_are_told_apart() -> None:
