@@ -31,6 +31,7 @@ template <typename Param>
 struct NativeWeights {
   using P = Param;
   static constexpr bool kRandom = false;
+  static constexpr bool kHasBytes = false;
   P* p;
   explicit NativeWeights(const TensorRow& row) : p(reinterpret_cast<P*>(row.param)) {}
   ADAMW_HD typename compute_type<P>::type get(int64_t i) const { return load<typename compute_type<P>::type>(p + i); }
@@ -57,6 +58,7 @@ template <typename Param, typename Remainder, int kKept>
 struct SplitWeights {
   using P = Param;
   static constexpr bool kRandom = kKept < split_of<P>::kBits;
+  static constexpr bool kHasBytes = sizeof(Remainder) == 1;
   P* p;
   Remainder* remainder;
   explicit SplitWeights(const TensorRow& row)
@@ -252,7 +254,8 @@ void update_chunk_by_tiles(const Chunk& chunk) {
 
 // Moments in 8 bits: whole tiles are decoded and encoded, the update between is as above. Decoding in that loop, too,
 // takes longer: of so long a chain of instructions a core's scheduler holds no more than two or three groups' at a
-// time.
+// time. Weights with a remainder of one byte are read and written by loops of their own: gcc 12 makes vectors of those
+// alone.
 template <typename Weights, typename G>
 void update_in_8_bits(const Chunk& chunk) {
   const Weights weights(*chunk.row);
@@ -275,15 +278,27 @@ void update_in_8_bits(const Chunk& chunk) {
       prefetch_elements<kRounded>(v + at + kRoundedAhead);
       const uint32_t* words = draw_words(tile.key, tile.row->first_element + at, kRounded, tile.drawn + block);
       if (block == 0) tile.random = words;
+      if constexpr (Weights::kHasBytes) {
+        ADAMW_VECTORIZE
+        for (int64_t i = block; i < block + kRounded; ++i) tile.weight[i] = weights.get(tile.begin + i);
+      }
       ADAMW_VECTORIZE
       for (int64_t i = block; i < block + kRounded; ++i) {
-        float weight = weights.get(tile.begin + i), first = tile.first[i], second = tile.second[i], no_maximum = 0.0f;
-        const RandomBits random = {Weights::kRandom ? words[i - block] : 0u};
+        float weight = Weights::kHasBytes ? tile.weight[i] : weights.get(tile.begin + i);
+        float first = tile.first[i], second = tile.second[i], no_maximum = 0.0f;
         BoundedRule::apply(weight, load<float>(g + tile.begin + i), first, second, no_maximum, c, 0);
-        weights.set(tile.begin + i, weight, random);
+        if constexpr (Weights::kHasBytes) {
+          tile.weight[i] = weight;
+        } else {
+          weights.set(tile.begin + i, weight, RandomBits{Weights::kRandom ? words[i - block] : 0u});
+        }
         tile.bits[i] = bits_of_second(first, second, c.rescale);
         tile.rank[i] = rank_of(tile.bits[i]);
         tile.first[i] = first;
+      }
+      if constexpr (Weights::kHasBytes) {
+        ADAMW_VECTORIZE
+        for (int64_t i = 0; i < kRounded; ++i) weights.set(at + i, tile.weight[block + i], RandomBits{words[i]});
       }
     }
     write_codes(tile);
