@@ -185,6 +185,7 @@ class Block:
 # exponent re-biased besides. Triton's to float16: one instruction, of one value or of two.
 TO_NEAREST = re.compile(r"IADD3 .*(0x7fff|-0x37fff001), R\d|F2FP?\.(F16\.F32|PACK_AB)")
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+SLOW_PATH = re.compile(r"(div|sqrt)_rn")  # other calls bring lanes together again
 ENDS = ("EXIT", "RET", "BRX", "KILL")
 
 
@@ -221,7 +222,7 @@ def basic_blocks(sass: str) -> dict[int, Block]:
             block.loads = True
             block.loads_after_store = block.loads_after_store or bool(block.stores)
         block.to_nearest = block.to_nearest or bool(TO_NEAREST.match(f"{opcode} {operands}"))
-        block.calls = block.calls or kind == "CALL"
+        block.calls = block.calls or (kind == "CALL" and bool(SLOW_PATH.search(operands)))
         block.products += opcode.startswith(("IMAD.WIDE.U32", "IMAD.HI.U32"))
         following = (lines[position + 1][0],) if position + 1 < len(lines) else ()
         if kind == "BRA":
@@ -250,7 +251,7 @@ def shortest_paths(blocks: dict[int, Block], head: int) -> dict[Signature, int]:
     """Once through the loop that begins at `head`: instructions of the shortest path of each signature.
 
     Without paths that load a whole vector after a store (only the average and AMSGrad's maximum come that late) and
-    those that call a subroutine.
+    those through the slow path of a division or root.
     """
     memo: dict[int, dict[Signature, int]] = {}
     open_blocks: set[int] = set()

@@ -24,7 +24,7 @@ LOOP = [
     *lines("LDG.E.128 R4, desc[UR4][R2.64]", times=6),
     *lines("FFMA R4, R4, R5, R6", times=100),
     "@!P5 BRA `(.L_fast)",
-    "CALL.REL.NOINC `($sqrt_slowpath)",
+    "CALL.REL.NOINC `($__cuda_sm20_sqrt_rn_f32_slowpath)",
     "BRA `(.L_rooted)",
     ".L_fast:",
     *lines("FMUL R4, R4, R5", times=5),
