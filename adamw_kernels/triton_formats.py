@@ -23,8 +23,8 @@ def random_words(key, first, within):
     """The words of random bits of elements `first` (a scalar) + `within` (int32), in a step with this uint64 key.
 
     See csrc/philox.h. A call gives the words of two neighbours, and here each makes its own: a branch for tensors that
-    begin with a whole pair, in which LLVM finds half of the calls to be the others', takes 20 registers, which kernels
-    do not have. With a select instead of a mask at the end, or the parity of two parts, some spill.
+    begin with a whole pair, in which LLVM finds half of the calls to be the others', makes SGD's kernels spill. So do a
+    select instead of the mask at the end, and asking for the parity of 64-bit indices: registers are that scarce.
     """
     from_pair = within + (first & 1).to(tl.int32)
     pair = (first >> 1) + (from_pair >> 1).to(tl.int64)

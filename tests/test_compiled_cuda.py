@@ -76,7 +76,7 @@ MAX_REGISTERS = {
     "float": 48,  # float32 weights and gradients, 5 blocks, the kernel's own launch bound: 45; 45 to 48. 44 to 46
     "16-bit": 64,  # any 16-bit operand, 4 blocks, likewise: 60 to 64; 58 to 64. 57 to 64; 51 to 64
     "mixed": 80,  # eight elements of float32 weights and moments at once, 3 blocks: 75; 77 to 78. 80; 72 to 80
-    "8bit": 128,  # moments in 8 bits, 2 blocks, likewise: 109 to 127; 121 to 128
+    "8bit": 128,  # moments in 8 bits, 2 blocks, likewise: 96 to 117; 123 to 128
     "double": 80,  # 3 blocks: 68 to 70; 50 to 60. 40 to 48
 }
 
