@@ -4,6 +4,7 @@
 // No STL here and nothing with external linkage but the table at the end: see rule.h.
 #include "cpu_loop.h"
 
+#include "cpu_norm.h"
 #include "cpu_tile.h"
 
 namespace {
@@ -31,7 +32,6 @@ template <typename Param>
 struct NativeWeights {
   using P = Param;
   static constexpr bool kRandom = false;
-  static constexpr bool kHasBytes = false;
   P* p;
   explicit NativeWeights(const TensorRow& row) : p(reinterpret_cast<P*>(row.param)) {}
   ADAMW_HD typename compute_type<P>::type get(int64_t i) const { return load<typename compute_type<P>::type>(p + i); }
@@ -58,7 +58,6 @@ template <typename Param, typename Remainder, int kKept>
 struct SplitWeights {
   using P = Param;
   static constexpr bool kRandom = kKept < split_of<P>::kBits;
-  static constexpr bool kHasBytes = sizeof(Remainder) == 1;
   P* p;
   Remainder* remainder;
   explicit SplitWeights(const TensorRow& row)
@@ -254,8 +253,8 @@ void update_chunk_by_tiles(const Chunk& chunk) {
 
 // Moments in 8 bits: whole tiles are decoded and encoded, the update between is as above. Decoding in that loop, too,
 // takes longer: of so long a chain of instructions a core's scheduler holds no more than two or three groups' at a
-// time. Weights with a remainder of one byte are read and written by loops of their own: gcc 12 makes vectors of those
-// alone.
+// time. Weights are read and written by loops of their own: beside remainders of one byte gcc 12 makes no vectors of
+// the update.
 template <typename Weights, typename G>
 void update_in_8_bits(const Chunk& chunk) {
   const Weights weights(*chunk.row);
@@ -278,28 +277,18 @@ void update_in_8_bits(const Chunk& chunk) {
       prefetch_elements<kRounded>(v + at + kRoundedAhead);
       const uint32_t* words = draw_words(tile.key, tile.row->first_element + at, kRounded, tile.drawn + block);
       if (block == 0) tile.random = words;
-      if constexpr (Weights::kHasBytes) {
-        ADAMW_VECTORIZE
-        for (int64_t i = block; i < block + kRounded; ++i) tile.weight[i] = weights.get(tile.begin + i);
-      }
+      ADAMW_VECTORIZE
+      for (int64_t i = 0; i < kRounded; ++i) tile.weight[block + i] = weights.get(at + i);
       ADAMW_VECTORIZE
       for (int64_t i = block; i < block + kRounded; ++i) {
-        float weight = Weights::kHasBytes ? tile.weight[i] : weights.get(tile.begin + i);
         float first = tile.first[i], second = tile.second[i], no_maximum = 0.0f;
-        BoundedRule::apply(weight, load<float>(g + tile.begin + i), first, second, no_maximum, c, 0);
-        if constexpr (Weights::kHasBytes) {
-          tile.weight[i] = weight;
-        } else {
-          weights.set(tile.begin + i, weight, RandomBits{Weights::kRandom ? words[i - block] : 0u});
-        }
+        BoundedRule::apply(tile.weight[i], load<float>(g + tile.begin + i), first, second, no_maximum, c, 0);
         tile.bits[i] = bits_of_second(first, second, c.rescale);
         tile.rank[i] = rank_of(tile.bits[i]);
         tile.first[i] = first;
       }
-      if constexpr (Weights::kHasBytes) {
-        ADAMW_VECTORIZE
-        for (int64_t i = 0; i < kRounded; ++i) weights.set(at + i, tile.weight[block + i], RandomBits{words[i]});
-      }
+      ADAMW_VECTORIZE
+      for (int64_t i = 0; i < kRounded; ++i) weights.set(at + i, tile.weight[block + i], RandomBits{words[i]});
     }
     write_codes(tile);
   }
@@ -443,68 +432,6 @@ constexpr CopyWeights kCopyWeights[kF64][kF64] = {
     {nullptr, copy_weights<bf16, bf16>, copy_weights<bf16, fp16>},
     {nullptr, copy_weights<fp16, bf16>, copy_weights<fp16, fp16>},
 };
-
-// --- sums of squares -------------------------------------------------------------------------------------
-
-// Adds the upper half of the lanes to the lower half until one is left.
-double fold(double* lanes, int64_t width) {
-  for (int64_t half = width / 2; half > 0; half /= 2) {
-    ADAMW_VECTORIZE
-    for (int64_t j = 0; j < half; ++j) lanes[j] = lanes[j] + lanes[j + half];
-  }
-  return lanes[0];
-}
-
-// Lanes above the first power of two that holds `count` elements stay zero; leaving them out changes no bit.
-int64_t lanes_in_use(int64_t count) {
-  int64_t width = 1;
-  while (width < count && width < kNormLanes) width *= 2;
-  return width;
-}
-
-template <typename G>
-double sum_of_squares(int64_t address, int64_t begin, int64_t end) {
-  const G* x = reinterpret_cast<const G*>(address) + begin;
-  const int64_t count = end - begin, width = lanes_in_use(count);
-  alignas(64) double lanes[kNormLanes];
-  int64_t i = count < width ? count : width;
-  ADAMW_VECTORIZE
-  for (int64_t j = 0; j < i; ++j) lanes[j] = square(x + j);
-  for (int64_t j = i; j < width; ++j) lanes[j] = 0.0;
-  // Four rows of lanes at a time: a lane is then loaded and stored once for four elements.
-  for (; i + 4 * kNormLanes <= count; i += 4 * kNormLanes) {
-    const G* row = x + i;
-    ADAMW_VECTORIZE
-    for (int64_t j = 0; j < kNormLanes; ++j) {
-      lanes[j] = (((lanes[j] + square(row + j)) + square(row + j + kNormLanes)) + square(row + j + 2 * kNormLanes)) +
-                 square(row + j + 3 * kNormLanes);
-    }
-  }
-  for (; i < count; i += kNormLanes) {
-    const G* row = x + i;
-    const int64_t rest = count - i < kNormLanes ? count - i : kNormLanes;
-    ADAMW_VECTORIZE
-    for (int64_t j = 0; j < rest; ++j) lanes[j] = lanes[j] + square(row + j);
-  }
-  return fold(lanes, width);
-}
-
-using SumOfSquares = double (*)(int64_t, int64_t, int64_t);
-
-// In the order of DtypeCode.
-constexpr SumOfSquares kSumOfSquares[kDtypes] = {sum_of_squares<float>, sum_of_squares<bf16>, sum_of_squares<fp16>,
-                                                 sum_of_squares<double>};
-
-double sum_of_partials(const double* partials, int64_t count) {
-  alignas(64) double lanes[kNormLanes];
-  const int64_t width = lanes_in_use(count);
-  for (int64_t j = 0; j < width; ++j) lanes[j] = 0.0;
-  for (int64_t i = 0; i < count; i += width) {
-    const int64_t rest = count - i < width ? count - i : width;
-    for (int64_t j = 0; j < rest; ++j) lanes[j] = lanes[j] + partials[i + j];
-  }
-  return fold(lanes, width);
-}
 
 // --- the stages --------------------------------------------------------------------------------------------
 

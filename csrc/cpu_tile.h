@@ -208,17 +208,13 @@ void store_moments_in_bf16(Tile& tile) {
 // A loop over a group is one register of AVX-512, if nothing in it is narrower than 32 bits: gcc would take registers
 // of 16 bytes, for sixteen codes, throughout, which also is what it makes of a loop that only widens or narrows them.
 
-void widen_codes(const int8_t* from, int32_t* to) {
+template <typename Code, typename Word>
+void widen_codes(const Code* from, Word* to) {
 #ifdef __AVX512F__
-  _mm512_storeu_si512(to, _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128((const __m128i*)from)));
-#else
-  for (int64_t i = 0; i < kGroup; ++i) to[i] = from[i];
-#endif
-}
-
-void widen_codes(const uint8_t* from, uint32_t* to) {
-#ifdef __AVX512F__
-  _mm512_storeu_si512(to, _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128((const __m128i*)from)));
+  const __m128i codes = _mm_loadu_si128((const __m128i*)from);
+  const bool is_signed = static_cast<Code>(-1) < 0;
+  _mm512_storeu_si512(to, is_signed ? _mm512_maskz_cvtepi8_epi32(0xffff, codes)  // unmasked: gcc 12 warns
+                                    : _mm512_maskz_cvtepu8_epi32(0xffff, codes));
 #else
   for (int64_t i = 0; i < kGroup; ++i) to[i] = from[i];
 #endif
@@ -258,8 +254,8 @@ void find_greatest(Tile& tile, const uint32_t* x) {
   halve(two, tile.greatest, groups);
 }
 
-// Codes and words; what lies behind a tensor's end is zero throughout.
-void read_codes(Tile& tile) {
+// What lies behind a tensor's end is zero throughout.
+void load_moments8(Tile& tile) {
   const uint16_t* words = reinterpret_cast<const uint16_t*>(tile.row->groups) + tile.begin / kGroup;
   const int8_t* first_code = elements<int8_t>(tile.row->exp_avg, tile);
   const uint8_t* second_code = elements<uint8_t>(tile.row->exp_avg_sq, tile);
@@ -280,35 +276,16 @@ void read_codes(Tile& tile) {
     tile.word[group] = word;
     tile.step[group] = ratio_step(word & 15u);
   }
-}
-
-// What the elements of a group, of the tile's, are decoded with.
-struct GroupDecoder {
-  uint32_t e;
-  Codebook book;
-  float step;
-  float unscale;
-  GroupDecoder(const Tile& tile, int64_t group)
-      : e(tile.word[group] >> 8),
-        book(kCodebooks.of_mode[(tile.word[group] >> 4) & 15u]),
-        step(tile.step[group]),
-        unscale(tile.coefficients->unscale) {}
-  ADAMW_HD void decode(int32_t first_code, uint32_t second_code, float& first, float& second) const {
-    const uint32_t bits = bits_of_code(second_code, e, book);
-    second = decode_second(second_code, bits, unscale);
-    first = decode_first(first_code, reference_of(second_code, bits), step);
-  }
-};
-
-void load_moments8(Tile& tile) {
-  read_codes(tile);
-  const int64_t end = padded(tile);
+  const float unscale = tile.coefficients->unscale;
   for (int64_t begin = 0; begin < end; begin += kGroup) {
-    const GroupDecoder group(tile, begin / kGroup);
+    const uint32_t word = tile.word[begin / kGroup], e = word >> 8;
+    const Codebook book = kCodebooks.of_mode[(word >> 4) & 15u];
+    const float step = tile.step[begin / kGroup];
     ADAMW_VECTORIZE_GROUP
     for (int64_t i = begin; i < begin + kGroup; ++i) {
-      group.decode(tile.first_code[i], tile.second_code[i], tile.first[i], tile.second[i]);
-      tile.before[i] = tile.first[i];
+      const uint32_t code = tile.second_code[i], bits = bits_of_code(code, e, book);
+      tile.second[i] = decode_second(code, bits, unscale);
+      tile.first[i] = tile.before[i] = decode_first(tile.first_code[i], reference_of(code, bits), step);
     }
   }
 }
@@ -377,8 +354,9 @@ void write_codes(Tile& tile) {
   for (int64_t group = 0; group < end / kGroup; ++group) {
     const uint32_t j = ratio_code(bits_float(tile.greatest[group]));
     tile.word[group] |= j;
-    tile.two_steps[group] = 2.0f * ratio_step(j);
-    tile.steps_per_ratio[group] = steps_per_ratio(j);
+    const RatioScale scale = ratio_scale(j);
+    tile.two_steps[group] = scale.two_steps;
+    tile.steps_per_ratio[group] = scale.steps_per_ratio;
   }
   for (int64_t begin = 0; begin < end; begin += kGroup) {
     const RatioScale scale = {tile.two_steps[begin / kGroup], tile.steps_per_ratio[begin / kGroup]};
