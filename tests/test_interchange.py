@@ -375,35 +375,42 @@ def test_import_of_a_float32_checkpoint(
 ) -> None:
     """Weights and AdamW state of a float32 run with torch, into any format: to nearest, and training goes on.
 
-    The weights' change over six further steps is that of the float32 run but for what the format rounds.
+    The weights' change over six further steps is that of the float32 run but for what the format rounds; of chance the
+    root mean square over eight seeds, as one parameter has but seven elements.
     """
-    wide = make_params(device, torch.float32, SHAPES)
-    theirs = torch.optim.AdamW(wide, **HYPER)
-    train((theirs,), Gradients(), 5)
-    weights, saved = through_file([p.detach() for p in wide]), through_file(theirs.state_dict())
-    params = [torch.nn.Parameter(torch.zeros_like(p, dtype=dtype)) for p in wide]
-    opt = FusedAdamW(params, param_format=param_format, moment_format=moment_format)
-    opt.load_state_dict(saved)
-    opt.load_fp32_weights([weight.to(device) for weight in weights])
-    opt.convert()  # what the next step would do
-    remembered = opt.fp32_weights()
-    for p, q in zip(params, wide, strict=True):
-        assert_weights_held(remembered[p], q.detach(), dtype, param_format, "imported")
-        state = theirs.state[q]
-        coarsest = "float32" if moment_format == "8bit" and p.numel() < 4096 else moment_format
-        assert_moments_close(opt, p, state["exp_avg"], state["exp_avg_sq"], coarsest, "imported")
-        assert float(opt.state[p]["step"]) == 5
-    before = [p.detach().clone() for p in wide]
-    gradients = Gradients(5)
-    for _ in range(6):
-        wide_gradients(gradients, params, wide)
-        opt.step()
-        theirs.step()
-    moved = opt.fp32_weights()
-    for p, q, start in zip(params, wide, before, strict=True):
-        error = (moved[p] - q).norm() / (q - start).norm()
-        limit = "sixteen_bit_weights" if dtype != torch.float32 and "split" not in param_format else "rounded_moments"
-        assert error <= tolerance(f"six_steps_with_{limit}"), error
+    errors = []
+    for seed in range(8 if param_format == "stochastic" else 1):
+        wide = make_params(device, torch.float32, SHAPES)
+        theirs = torch.optim.AdamW(wide, **HYPER)
+        train((theirs,), Gradients(), 5)
+        weights, saved = through_file([p.detach() for p in wide]), through_file(theirs.state_dict())
+        params = [torch.nn.Parameter(torch.zeros_like(p, dtype=dtype)) for p in wide]
+        opt = FusedAdamW(params, param_format=param_format, moment_format=moment_format, seed=seed)
+        opt.load_state_dict(saved)
+        opt.load_fp32_weights([weight.to(device) for weight in weights])
+        opt.convert()  # what the next step would do
+        remembered = opt.fp32_weights()
+        for p, q in zip(params, wide, strict=True):
+            assert_weights_held(remembered[p], q.detach(), dtype, param_format, "imported")
+            state = theirs.state[q]
+            coarsest = "float32" if moment_format == "8bit" and p.numel() < 4096 else moment_format
+            assert_moments_close(opt, p, state["exp_avg"], state["exp_avg_sq"], coarsest, "imported")
+            assert float(opt.state[p]["step"]) == 5
+        before = [p.detach().clone() for p in wide]
+        gradients = Gradients(5)
+        for _ in range(6):
+            wide_gradients(gradients, params, wide)
+            opt.step()
+            theirs.step()
+        moved = opt.fp32_weights()
+        errors.append(
+            [
+                float((moved[p] - q.detach()).norm() / (q.detach() - start).norm())
+                for p, q, start in zip(params, wide, before, strict=True)
+            ]
+        )
+    limit = "sixteen_bit_weights" if dtype != torch.float32 and "split" not in param_format else "rounded_moments"
+    assert np.all(np.sqrt(np.mean(np.square(errors), axis=0)) <= tolerance(f"six_steps_with_{limit}")), errors
 
 
 def test_weights_by_parameter_or_in_order(device: torch.device) -> None:
@@ -629,6 +636,22 @@ def test_packing_is_the_judges(device: torch.device, make: Callable[[torch.devic
         unscale = np.float32(1 / np.float64(np.float32(scale)))
         for got, array in zip(read, formats.decode_moments(*expected, unscale), strict=True):
             np.testing.assert_array_equal(got, array)
+
+
+def test_any_codes_are_read_as_the_judge_reads_them(device: torch.device) -> None:
+    """All codes under all modes and octaves, also what no step writes: code 1 in octave 0 is bits of 0, but not 0."""
+    rng = np.random.default_rng(83)
+    numel = 1 << 20
+    arrays = {
+        "exp_avg_code": rng.integers(-128, 128, numel).astype(np.int8),
+        "exp_avg_sq_code": rng.integers(0, 256, numel).astype(np.uint8),
+        "moment_groups": np.arange(1 << 16).astype(np.uint16).view(np.int16),
+    }
+    codes: dict[str, Any] = {key: torch.from_numpy(array).to(device) for key, array in arrays.items()}
+    codes["exp_avg_sq_scale"] = torch.tensor(2.0**24, device=device)
+    read = [stored(x) for x in unpack_moments(codes, torch.zeros(numel, device=device))]
+    for got, array in zip(read, formats.decode_moments(*arrays.values(), np.float32(2.0**-24)), strict=True):
+        np.testing.assert_array_equal(got, array)
 
 
 def test_packing_twice_is_stable(device: torch.device) -> None:
