@@ -1,6 +1,9 @@
 """Time and bytes of a warm step in every storage format, beside torch's fused AdamW and the low-memory optimizers.
 
-One tensor, in copies that take turns where a cache would hold it, so that a pass over memory is what is timed.
+One tensor, in copies that take turns where a cache would hold it, so that a pass over memory is what is timed. On a CPU
+a small one besides, which stays in the caches: what arithmetic takes where memory takes next to nothing. A format
+whose step from caches takes longer than its bytes take from memory is not held up by memory.
+
 Everybody steps copies of the same values: our formats and torch in the dtype that their row names. All in one run,
 interleaved with the roof's kernels, each checked against float64 AdamW first.
 """
@@ -20,7 +23,9 @@ from bench.contenders import CONTENDERS, Contender, Optimizer, ParamGroups, ours
 from bench.disturbance import Disturbance
 from bench.throughput import MAX_ROUNDS, MIN_ROUNDS
 
-CASE = Case("one_16mi", "one tensor, 16 Mi elements", (Group(((4096, 4096),)),), exceeds_caches=True)
+LARGE = Case("one_16mi", "one tensor, 16 Mi elements", (Group(((4096, 4096),)),), exceeds_caches=True)
+# 3.5 MiB in float32: long enough that waking threads hardly counts, small enough for what two cores have to themselves.
+CACHED = Case("one_128ki", "one tensor, 128 Ki elements, from caches", (Group(((128, 1024),)),), exceeds_caches=False)
 WIDE, NARROW = torch.float32, torch.bfloat16
 
 
@@ -128,10 +133,16 @@ def with_formats(build: Callable[..., Optimizer], param_format: str, moment_form
     return build_quietly
 
 
-def measure(device: torch.device, *, seconds: float) -> tuple[list[rows.Row], dict[str, str]]:
-    """Measures everybody on the one case.
+def cases(device: torch.device) -> tuple[Case, ...]:
+    """What is stepped there. On a GPU a step of what its caches hold would be a launch and little else."""
+    return (LARGE, CACHED) if device.type == "cpu" else (LARGE,)
+
+
+def measure(case: Case, device: torch.device, *, seconds: float) -> tuple[list[rows.Row], dict[str, str]]:
+    """Measures everybody on one case.
 
     Args:
+        case: What is stepped.
         device: Where.
         seconds: Time to spend on the rounds; a minimum number of rounds comes first.
 
@@ -142,7 +153,7 @@ def measure(device: torch.device, *, seconds: float) -> tuple[list[rows.Row], di
     steps: dict[str, Callable[[], object]] = {}
     share = machine.available_bytes(device) / 2 / len(list(entries(device)))  # of the memory, for one's copies
     reasons: dict[str, str] = {}
-    masters = {dtype: inputs.draw(CASE, device, dtype) for dtype in (WIDE, NARROW)}
+    masters = {dtype: inputs.draw(case, device, dtype) for dtype in (WIDE, NARROW)}
     truths = {dtype: check.expected(masters[dtype]) for dtype in masters}
     for entry in entries(device):
         key = f"{entry.name} {traffic.name_of(entry.dtype)} {entry.param_format} {entry.moment_format}"
@@ -161,10 +172,12 @@ def measure(device: torch.device, *, seconds: float) -> tuple[list[rows.Row], di
             print(f"  {key}: {failure}", file=sys.stderr, flush=True)
             continue
         running[key] = entry, optimizer, error
-        touched = traffic.bytes_touched(optimizer)
-        copies = min(rotation.copies_of(CASE.numel, touched, device), max(1, int(share / (touched * CASE.numel))))
+        copies = 1
+        if case.exceeds_caches:
+            touched = traffic.bytes_touched(optimizer)
+            copies = min(rotation.copies_of(case.numel, touched, device), max(1, int(share / (touched * case.numel))))
         steps[key] = rotation.take_turns(optimizer, entry.build, masters[entry.dtype], copies)
-    kernels = roof.kernels(device)
+    kernels = roof.kernels(device) if case.exceeds_caches else {}
     with Disturbance(device) as others:
         samples = timing.interleave(
             {**steps, **kernels},
@@ -174,7 +187,6 @@ def measure(device: torch.device, *, seconds: float) -> tuple[list[rows.Row], di
             max_rounds=MAX_ROUNDS,
         )
     measured_roof = roof.pick(device, {kernel: samples[kernel].device for kernel in kernels})
-    assert measured_roof is not None
     baselines = {
         dtype: samples[f"torch_fused {traffic.name_of(dtype)} native {traffic.name_of(dtype)}"].device
         for dtype in (WIDE, NARROW)
@@ -188,26 +200,26 @@ def measure(device: torch.device, *, seconds: float) -> tuple[list[rows.Row], di
             for dtype, baseline in baselines.items()
         }
         moved = traffic.bytes_per_param(optimizer)
-        gb_s = moved * CASE.numel / time.median / 1e9
+        gb_s = moved * case.numel / time.median / 1e9
         kept = sum(tensor.nbytes for tensor in (*traffic.parameters(optimizer), *traffic.state_tensors(optimizer)))
         result.append(
             rows.FormatRow(
-                case=CASE.name,
-                params=CASE.numel,
+                case=case.name,
+                params=case.numel,
                 contender=entry.name,
                 dtype=traffic.name_of(entry.dtype),
                 param_format=entry.param_format,
                 moment_format=entry.moment_format,
-                kept_bytes_per_param=kept / CASE.numel,
+                kept_bytes_per_param=kept / case.numel,
                 moved_bytes_per_param=moved,
                 rounds=len(own),
                 median_us=time.median * 1e6,
                 p20_us=time.p20 * 1e6,
                 p80_us=time.p80 * 1e6,
                 gb_s=gb_s,
-                roof_kernel=measured_roof.kernel,
-                roof_gb_s=measured_roof.gb_s,
-                pct_roof=100 * gb_s / measured_roof.gb_s,
+                roof_kernel=measured_roof.kernel if measured_roof else "",
+                roof_gb_s=measured_roof.gb_s if measured_roof else None,
+                pct_roof=100 * gb_s / measured_roof.gb_s if measured_roof else None,
                 speedup_over_torch_float32=speedups[WIDE].median,
                 speedup_over_torch_bfloat16=speedups[NARROW].median,
                 checked_steps=len(check.STEP_FACTORS),

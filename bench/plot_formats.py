@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from matplotlib.transforms import Bbox
 
 from bench import rows
+from bench.formats import LARGE
 from bench.plot import INK, QUIET, Record, color, rounds_of, tidy, write_around
 from bench.plot_sizes import MARKS, PEER_PALETTE, new_figure, panels, save
 from bench.tables import PEERS
@@ -23,7 +24,7 @@ KEYS = "contender", "dtype", "param_format", "moment_format"
 
 def draw(folder: Path) -> Path | None:
     """Draws the figure and returns its path, or None where there are no rows."""
-    records = rows.latest(rows.read(folder, rows.FormatRow), *KEYS)
+    records = rows.latest([row for row in rows.read(folder, rows.FormatRow) if row["case"] == LARGE.name], *KEYS)
     if not records:
         return None
     figure = new_figure(2)

@@ -25,6 +25,7 @@ if not HAS_GPU and find_spec("triton") is not None:
     interpreter.replace_once()
     interpreter.look_up_dtypes_once()
     interpreter.check_no_overflow_in_vain()
+    interpreter.unwrap_at_once()
     interpreter.make_types_once()
     interpreter.agree_at_once()
 

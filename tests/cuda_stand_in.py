@@ -22,7 +22,7 @@ def compile_kernels(folder: Path, kernels: Path, *host_code: Path) -> ctypes.CDL
     if compiler is None:
         pytest.skip("compiling CUDA kernels as plain C++ needs a C++ compiler")
     # Contraction is off as in CMakeLists.txt. `#pragma unroll` is nvcc's own.
-    flags = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
     flags += ["-Wno-unknown-pragmas", f"-I{STAND_IN}", f"-I{ROOT / 'csrc'}"]
     watched = ["-fsanitize=alignment", "-fsanitize-coverage=trace-pc", "-x", "c++"]
     library, objects = folder / f"{kernels.stem}.so", []

@@ -76,6 +76,26 @@ def key_of(dtype: Any) -> Any:
     return None
 
 
+def type_key(type_: Any) -> Any:
+    """What the type of a tensor is known by; None for those of which there may be others."""
+    return id(type_) if "made_once" in type_.__dict__ else key_of(type_)
+
+
+def unwrap_at_once() -> None:
+    """Let what is plainly no constant of the language be found so at once. Likewise."""
+    unwrap = getattr(tl.core, "_unwrap_if_constexpr", None)
+    if unwrap is None:
+        return
+    plain = {tl.tensor, tl.dtype, tl.block_type, tl.pointer_type, int, float, bool, str, type(None)}
+
+    @functools.wraps(unwrap)
+    def unwrap_if_constexpr(value: Any) -> Any:
+        kind = type(value)
+        return value if kind in plain else value.value if kind is tl.constexpr else unwrap(value)
+
+    tl.core._unwrap_if_constexpr = unwrap_if_constexpr
+
+
 def make_types_once() -> None:
     """Let there be one type of tensors for every element type and shape, whose attributes are found once. Likewise.
 
@@ -98,7 +118,7 @@ def make_types_once() -> None:
         if key not in types:
             made = object.__new__(cls)
             make(made, element_ty, shape)  # or it raises
-            made.made_once = True
+            made.made_once = sizes
             types[key] = made
         return types[key]
 
@@ -149,17 +169,44 @@ def agree_at_once() -> None:
     broadcast, cast, check = semantic.broadcast_impl_value, semantic.cast, semantic.binary_op_type_checking_impl
     computation_type = functools.cache(semantic.computation_type_impl)
 
+    constants: dict[Any, Any] = {}  # data and type, by what they are made of
+
+    def with_number(tensor: Any, number: Any, is_left: bool, *options: Any, **more: Any) -> Any:
+        """The tensor, and the number as a tensor like it; None where the tensor would not stay as it is."""
+        own = type_key(tensor.type)
+        # 0.0 and -0.0 are equal, and so are 1, 1.0 and True.
+        key = own, type(number), repr(number), is_left, options, *more.items()
+        if own is None or key not in constants:
+            lhs, rhs = check(*((tensor, number) if is_left else (number, tensor)), *options, **more)
+            same, other = (lhs, rhs) if is_left else (rhs, lhs)
+            if own is None or same is not tensor:
+                return lhs, rhs
+            constants[key] = other.handle.data, other.handle.dtype, other.type
+        data, dtype, type_ = constants[key]
+        other = tl.tensor(interpreter.TensorHandle(data, dtype), type_)
+        return (tensor, other) if is_left else (other, tensor)
+
     @functools.wraps(check)
     def binary_op_type_checking(lhs: Any, rhs: Any, *options: Any, **more: Any) -> Any:
-        if type(lhs) is type(rhs) is tl.tensor and lhs.type is rhs.type and type(lhs.dtype) is tl.dtype:
-            # As in a division, which takes 16 bits to 32.
-            if computation_type(lhs.dtype, False, rhs.dtype, False, True) is lhs.dtype:
-                return lhs, rhs
+        if type(lhs) is tl.tensor:
+            if type(rhs) is tl.tensor:
+                if lhs.type is rhs.type and type(lhs.dtype) is tl.dtype:
+                    # As in a division, which takes 16 bits to 32.
+                    if computation_type(lhs.dtype, False, rhs.dtype, False, True) is lhs.dtype:
+                        return lhs, rhs
+            elif type(rhs) in (int, float, bool):
+                return with_number(lhs, rhs, True, *options, **more)
+        elif type(rhs) is tl.tensor and type(lhs) in (int, float, bool):
+            return with_number(rhs, lhs, False, *options, **more)
         return check(lhs, rhs, *options, **more)
 
     @functools.wraps(broadcast)
     def broadcast_impl_value(lhs: Any, rhs: Any) -> Any:
-        return (lhs, rhs) if lhs.type is rhs.type else broadcast(lhs, rhs)
+        if lhs.type is rhs.type:
+            return lhs, rhs
+        sizes = lhs.type.__dict__.get("made_once")  # of blocks alone
+        alike = sizes is not None and sizes == rhs.type.__dict__.get("made_once")
+        return (lhs, rhs) if alike else broadcast(lhs, rhs)
 
     @functools.wraps(cast)
     def cast_unless_same(input: Any, dst_ty: Any, *rounding: Any, **more: Any) -> Any:

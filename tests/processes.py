@@ -17,14 +17,15 @@ hangs is ended by the group's time-out; the ranks' files tell which it was.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -56,6 +57,7 @@ class Scenarios:
         self.limit_s = limit_s
         self.scenario_limit_s = scenario_limit_s
         self.functions: dict[str, Callable[[int], None]] = {}
+        self.directory = pathlib.Path()  # in a rank: of files that all ranks see and that last as long as they do
         self._raised: dict[str, list[str]] | None = None
         self._worlds: Iterator[pathlib.Path] = iter(())  # where processes find each other, in this scenario
 
@@ -67,27 +69,41 @@ class Scenarios:
     # --- in each process ----------------------------------------------------------------------------------------------
 
     def main(self) -> None:
-        """Be one rank: run every scenario, and write what each raised to a file of this rank."""
-        rank, directory = int(sys.argv[1]), pathlib.Path(sys.argv[2])
-        torch.set_num_threads(1)
+        """Fork the ranks from this process, which has imported by now what each would import, and wait for them."""
+        self.directory = pathlib.Path(sys.argv[1])
         warnings.simplefilter("ignore")  # pages of them, of torch's own deprecations
+        import torch._dynamo  # the first operation on a DTensor would import it in every rank  # noqa: F401
+
+        ranks = []
+        for rank in range(self.world):
+            ranks.append(os.fork())  # no thread has been started yet
+            if not ranks[-1]:
+                self._be(rank)
+        for process in ranks:
+            os.waitpid(process, 0)
+
+    def _be(self, rank: int) -> None:
+        """Be one rank: run every scenario, and write what each raised to a file of this rank. Never returns."""
+        torch.set_num_threads(1)
         raised: dict[str, str] = {}
-        for name, function in self.functions.items():
-            self._worlds = (directory / f"{name}-{n}" for n in itertools.count())
-            raised[name] = "did not end"
-            self._write(directory, rank, raised)
-            try:
-                self._join(next(self._worlds), rank, self.world)
-                function(rank)
-                raised[name] = ""
-            except (Exception, CheckpointException):  # which is none
-                raised[name] = traceback.format_exc()
-            finally:
-                if dist.is_initialized():
-                    dist.destroy_process_group()  # who waits for this rank learns that it will not come
-            self._write(directory, rank, raised)
-        sys.stdout.flush()
-        os._exit(0)  # gloo's threads now and then abort a process that ends by itself (torch 2.13, without us too)
+        try:
+            for name, function in self.functions.items():
+                self._worlds = (self.directory / f"{name}-{n}" for n in itertools.count())
+                raised[name] = "did not end"
+                self._write(rank, raised)
+                try:
+                    self._join(next(self._worlds), rank, self.world)
+                    function(rank)
+                    raised[name] = ""
+                except (Exception, CheckpointException):  # which is none
+                    raised[name] = traceback.format_exc()
+                finally:
+                    if dist.is_initialized():
+                        dist.destroy_process_group()  # who waits for this rank learns that it will not come
+                self._write(rank, raised)
+            sys.stdout.flush()
+        finally:
+            os._exit(0)  # gloo's threads now and then abort a process that ends by itself (torch 2.13, without us too)
 
     def _join(self, store: pathlib.Path, rank: int, world: int) -> None:
         timeout = timedelta(seconds=self.scenario_limit_s)
@@ -115,9 +131,8 @@ class Scenarios:
                 dist.destroy_process_group()
             join(self.world)
 
-    @staticmethod
-    def _write(directory: pathlib.Path, rank: int, raised: dict[str, str]) -> None:
-        (directory / f"rank-{rank}.json").write_text(json.dumps(raised))
+    def _write(self, rank: int, raised: dict[str, str]) -> None:
+        (self.directory / f"rank-{rank}.json").write_text(json.dumps(raised))
 
     # --- the tests ----------------------------------------------------------------------------------------------------
 
@@ -141,26 +156,25 @@ class Scenarios:
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("ADAMW_KERNELS_")}
         environment = {**inherited, "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
         with tempfile.TemporaryDirectory() as directory:
-            # Files: a rank whose pipe nobody reads, while another's is read, waits for ever once it is full.
-            outputs = [pathlib.Path(directory, f"rank-{rank}.txt") for rank in range(self.world)]
-            ranks, remark = [], ""
+            said, remark = (
+                pathlib.Path(directory, "said.txt"),
+                "",
+            )  # a pipe that nobody reads stops its writers once full
+            with said.open("w") as file:
+                command = [sys.executable, self.file, directory]
+                ranks = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
             try:
-                for rank, output in enumerate(outputs):
-                    command = [sys.executable, self.file, str(rank), directory]
-                    with output.open("w") as file:
-                        ranks.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
-                deadline = time.monotonic() + self.limit_s
-                for process in ranks:
-                    process.wait(timeout=max(0.0, deadline - time.monotonic()))
+                ranks.wait(timeout=self.limit_s)
             except subprocess.TimeoutExpired:
                 remark = f"the ranks took more than {self.limit_s} s"
             finally:
-                for process in ranks:
-                    process.kill()
+                with contextlib.suppress(ProcessLookupError):  # all have ended
+                    os.killpg(ranks.pid, signal.SIGKILL)
+                ranks.wait()
+            everything = said.read_text(errors="replace") + remark
             files = [pathlib.Path(directory, f"rank-{rank}.json") for rank in range(self.world)]
             found = [json.loads(file.read_text()) if file.exists() else {} for file in files]
-            said = "\n".join([*(output.read_text(errors="replace") for output in outputs), remark])
-        return {name: [of_rank.get(name, f"never ran\n{said}") for of_rank in found] for name in self.functions}
+        return {name: [of_rank.get(name, f"never ran\n{everything}") for of_rank in found] for name in self.functions}
 
 
 def gathered(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -7,7 +7,6 @@ that is given the same gradients.
 import copy
 import functools
 import io
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -319,7 +318,7 @@ def flat_shards_on_other_ranks(rank: int) -> None:
     """What FSDP1 saves on 2 ranks is the same on 4, and the reverse: default formats, split24 beside bfloat16."""
     for options in (AVERAGE, dict(param_format="split24", moment_format="bfloat16", **AVERAGE)):
         for before, after in ((2, 4), (4, 2)):
-            box = [tempfile.mkdtemp(dir=sys.argv[2]) if rank == 0 else None]
+            box = [tempfile.mkdtemp(dir=SCENARIOS.directory) if rank == 0 else None]
             dist.broadcast_object_list(box, 0)
             saved, loaded = (
                 SCENARIOS.in_world(world, functools.partial(through_a_checkpoint, box[0], options, saves))

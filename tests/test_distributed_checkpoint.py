@@ -205,7 +205,7 @@ def goes_on(model: torch.nn.Module, opt: Any, expected: list[dict[str, Any]], wh
 @contextmanager
 def directory() -> Iterator[str]:
     """One for all ranks."""
-    box = [tempfile.mkdtemp(dir=sys.argv[2]) if dist.get_rank() == 0 else None]
+    box = [tempfile.mkdtemp(dir=SCENARIOS.directory) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box, 0)
     assert box[0] is not None
     yield box[0]

@@ -129,7 +129,7 @@ def test_operands_come_to_agree_as_ever() -> None:
     for value, dtype in product(OPERANDS, DTYPES):
         assert outcome(SEMANTIC.cast, value, dtype) == outcome(SEMANTIC.cast.__wrapped__, value, dtype)
     kinds = list(product((False, True), repeat=4))  # pointers left, right; arithmetic; division
-    numbers = [0, 1, -1, 2.5, 1 << 40]
+    numbers = [0, 1, True, -1, 1.0, 0.0, -0.0, 2.5, float("nan"), 1 << 40]
     sized = [value for value in OPERANDS if [size.value for size in value.shape] in ([], [4], [4, 16])]
     for lhs, rhs in [*product(sized, [*sized, *numbers]), *product(numbers, sized)]:
         if not (isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor)) or lhs.type is rhs.type:
@@ -141,7 +141,18 @@ def test_operands_come_to_agree_as_ever() -> None:
             )
         for kind in chosen:
             expected = outcome(SEMANTIC.binary_op_type_checking_impl.__wrapped__, lhs, rhs, *kind)
-            assert outcome(SEMANTIC.binary_op_type_checking_impl, lhs, rhs, *kind) == expected
+            for _ in range(2):  # what is made of a number is kept
+                assert outcome(SEMANTIC.binary_op_type_checking_impl, lhs, rhs, *kind) == expected
+
+
+def test_constants_are_unwrapped_as_ever() -> None:
+    """Of every kind of value, alone and within others."""
+    constant = tl.constexpr(3)
+    unwrap = tl.core._unwrap_if_constexpr
+    for value in (constant, 3, 2.5, True, "x", None, tl.float32, OPERANDS[0], OPERANDS[1].type, object()):
+        assert unwrap(value) is unwrap.__wrapped__(value)
+    assert unwrap([constant, (constant, 4)]) == [3, (3, 4)]
+    assert unwrap(tl.tuple([constant, constant])).values == [3, 3]
 
 
 def test_overflow_is_not_asserted_either_way() -> None:
