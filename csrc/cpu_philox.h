@@ -53,38 +53,72 @@ ADAMW_HD Lanes upper_half(Lanes whole) {
 #endif
 }
 
-// The words of `count` elements from `first` on. `words` has room for `count` and one more, rounded up to a multiple of
-// kDrawn; the first element's word is where the result points: an odd one's stands behind that of the one before.
-ADAMW_HD const uint32_t* draw_words(uint64_t key, int64_t first, int64_t count, uint32_t* words) {
+// kChains registers of calls, one after the other or, for planes, every other one in every second register. Then the
+// calls' words stand in the lower halves of `even` and `odd`.
+template <bool kPlanes>
+struct Calls {
   Lanes pair[kChains];
-  for (int j = 0; j < kChains; ++j) {
-    for (int lane = 0; lane < kLanes; ++lane) pair[j][lane] = static_cast<uint64_t>(j * kLanes + lane);
-    pair[j] += static_cast<uint64_t>(first >> 1);
-  }
-  const Lanes multiplier = Lanes{} + kPhiloxMultiplier;
-  const int64_t drawn = count + (first & 1);
-  for (int64_t i = 0; i < drawn; i += kDrawn) {
-    Lanes c0[kChains], c1[kChains];
+  uint64_t key;
+
+  ADAMW_HD Calls(uint64_t the_key, int64_t first) : key(the_key) {
     for (int j = 0; j < kChains; ++j) {
-      c0[j] = pair[j];
-      c1[j] = (pair[j] >> 32) ^ (key >> 32);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int call = kPlanes ? 2 * (j / 2 * kLanes + lane) + j % 2 : j * kLanes + lane;
+        pair[j][lane] = static_cast<uint64_t>(call);
+      }
+      pair[j] += static_cast<uint64_t>(first >> 1);
+    }
+  }
+
+  ADAMW_HD void next(Lanes (&even)[kChains], Lanes (&odd)[kChains]) {
+    const Lanes multiplier = Lanes{} + kPhiloxMultiplier;
+    for (int j = 0; j < kChains; ++j) {
+      even[j] = pair[j];
+      odd[j] = (pair[j] >> 32) ^ (key >> 32);
       pair[j] += kDrawn / 2;
     }
     auto k = static_cast<uint32_t>(key);
     for (int round = 0; round < kPhiloxRounds; ++round) {
       for (int j = 0; j < kChains; ++j) {
-        const Lanes whole = product(c0[j], multiplier);
-        c0[j] = upper_half(whole) ^ static_cast<uint64_t>(k) ^ c1[j];
-        c1[j] = whole;
+        const Lanes whole = product(even[j], multiplier);
+        even[j] = upper_half(whole) ^ static_cast<uint64_t>(k) ^ odd[j];
+        odd[j] = whole;
       }
       k += kPhiloxWeyl;
     }
-    for (int j = 0; j < kChains; ++j) {
-      const Lanes both = (c0[j] & 0xffffffffu) | (c1[j] << 32);
-      memcpy(words + i + 2 * j * kLanes, &both, sizeof(both));
-    }
+  }
+};
+
+ADAMW_HD void store_halves(Lanes lower, Lanes upper, uint32_t* words) {
+  const Lanes both = (lower & 0xffffffffu) | (upper << 32);
+  memcpy(words, &both, sizeof(both));
+}
+
+// The words of `count` elements from `first` on. `words` has room for `count` and one more, rounded up to a multiple of
+// kDrawn; the first element's word is where the result points: an odd one's stands behind that of the one before.
+ADAMW_HD const uint32_t* draw_words(uint64_t key, int64_t first, int64_t count, uint32_t* words) {
+  Calls<false> calls(key, first);
+  const int64_t drawn = count + (first & 1);
+  for (int64_t i = 0; i < drawn; i += kDrawn) {
+    Lanes even[kChains], odd[kChains];
+    calls.next(even, odd);
+    for (int j = 0; j < kChains; ++j) store_halves(even[j], odd[j], words + i + 2 * j * kLanes);
   }
   return words + (first & 1);
+}
+
+// The same for `pairs` pairs of neighbours from the even element `first` on, those of even and of odd elements apart.
+// `pairs` is a multiple of kDrawn / 2.
+ADAMW_HD void draw_planes(uint64_t key, int64_t first, int64_t pairs, uint32_t* of_even, uint32_t* of_odd) {
+  Calls<true> calls(key, first);
+  for (int64_t i = 0; i < pairs; i += kDrawn / 2) {
+    Lanes even[kChains], odd[kChains];
+    calls.next(even, odd);
+    for (int j = 0; j < kChains; j += 2) {
+      store_halves(even[j], even[j + 1], of_even + i + j * kLanes);
+      store_halves(odd[j], odd[j + 1], of_odd + i + j * kLanes);
+    }
+  }
 }
 
 #else
@@ -95,6 +129,14 @@ ADAMW_HD const uint32_t* draw_words(uint64_t key, int64_t first, int64_t count, 
   ADAMW_VECTORIZE
   for (int64_t i = 0; i < count; ++i) words[i] = random_bits(key, first + i).word;
   return words;
+}
+
+ADAMW_HD void draw_planes(uint64_t key, int64_t first, int64_t pairs, uint32_t* of_even, uint32_t* of_odd) {
+  ADAMW_VECTORIZE
+  for (int64_t i = 0; i < pairs; ++i) {
+    of_even[i] = random_bits(key, first + 2 * i).word;
+    of_odd[i] = random_bits(key, first + 2 * i + 1).word;
+  }
 }
 
 #endif

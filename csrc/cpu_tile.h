@@ -106,7 +106,7 @@ void split_weights(Tile& tile) {
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t random = kRandom ? RandomBits{tile.random[i]}.for_weight() : 0u;
     const SplitWeight split = split_weight<P, kKept>(tile.weight[i], random);
-    p[i].bits = split.weight;
+    p[i].bits = static_cast<uint16_t>(split.weight);
     remainder[i] = static_cast<Remainder>(split.remainder);
   }
 }

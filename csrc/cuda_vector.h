@@ -155,7 +155,7 @@ __device__ __forceinline__ void split(const At& at, int64_t i, const Vector<floa
 #pragma unroll
   for (int k = 0; k < N; ++k) {
     const SplitWeight parts = split_weight<P, kKept>(weight.at[k], random[k].for_weight());
-    p.at[k].bits = parts.weight;
+    p.at[k].bits = static_cast<uint16_t>(parts.weight);
     remainder.at[k] = static_cast<Remainder>(parts.remainder);
   }
   as_vector<Vector<Remainder, N>>(at.template remainder<Remainder>() + i) = remainder;

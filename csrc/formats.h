@@ -112,9 +112,9 @@ ADAMW_HD uint16_t float_to_fp16(float x) {
 // 23 fraction bits, in which a float32 below 2^-14 becomes a multiple of 2^-37. The weight is its upper part to
 // nearest, ties upwards; the remainder is what must be added, so that a weight edited in place by the user keeps at
 // most half a unit of an old one. Nothing but integer arithmetic, and one sum for float16.
-struct SplitWeight {
-  uint16_t weight;
-  int16_t remainder;
+struct SplitWeight {  // both fit 16 bits; in 32, the compiler need not choose between them in narrower lanes
+  uint32_t weight;
+  int32_t remainder;
 };
 
 template <typename P>
@@ -173,7 +173,7 @@ ADAMW_HD SplitWeight split_weight(float x, uint32_t random) {
   const uint32_t upper = (magnitude + (1u << (kKept - 1))) >> kKept;
   const bool nan = a > 0x7f800000u;
   const int32_t remainder = static_cast<int32_t>(magnitude) - static_cast<int32_t>(upper << kKept);
-  return {static_cast<uint16_t>(sign | (nan ? split::kNan : upper)), static_cast<int16_t>(nan ? 0 : remainder)};
+  return {sign | (nan ? split::kNan : upper), nan ? 0 : remainder};
 }
 
 ADAMW_HD uint16_t float_to_fp16_stochastic(float x, uint32_t random) {
