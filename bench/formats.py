@@ -14,6 +14,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -131,6 +133,14 @@ def with_formats(build: Callable[..., Optimizer], param_format: str, moment_form
             return build(groups, param_format=param_format, moment_format=moment_format, **options)
 
     return build_quietly
+
+
+KEYS = "contender", "dtype", "param_format", "moment_format"
+
+
+def latest(folder: Path, case: Case = LARGE) -> list[dict[str, Any]]:
+    """The last rows of a case, one for each of KEYS; of the large one, unless another is asked for."""
+    return rows.latest([row for row in rows.read(folder, rows.FormatRow) if row["case"] == case.name], *KEYS)
 
 
 def cases(device: torch.device) -> tuple[Case, ...]:

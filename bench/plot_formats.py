@@ -9,8 +9,7 @@ from typing import Any, TypeAlias
 
 from matplotlib.transforms import Bbox
 
-from bench import rows
-from bench.formats import LARGE
+from bench import formats
 from bench.plot import INK, QUIET, Record, color, rounds_of, tidy, write_around
 from bench.plot_sizes import MARKS, PEER_PALETTE, new_figure, panels, save
 from bench.tables import PEERS
@@ -19,12 +18,10 @@ Point: TypeAlias = tuple[str, float, float, str]  # label, x, y, color
 # Where a label may stand, in points off its point, the nearest first; to the right or to the left.
 PLACES = [(6, dy) for dy in (0, 6, -6, 12, -12, 18, -18, 24, -24, 30, -30, 36, -36)]
 
-KEYS = "contender", "dtype", "param_format", "moment_format"
-
 
 def draw(folder: Path) -> Path | None:
     """Draws the figure and returns its path, or None where there are no rows."""
-    records = rows.latest([row for row in rows.read(folder, rows.FormatRow) if row["case"] == LARGE.name], *KEYS)
+    records = formats.latest(folder)
     if not records:
         return None
     figure = new_figure(2)

@@ -348,7 +348,7 @@ class QualityRow:
 
 @dataclass(frozen=True)
 class FormatRow:
-    """One optimizer in one storage format on one large tensor (`formats.py`).
+    """One optimizer in one storage format on one tensor, of more or of less than the caches hold (`formats.py`).
 
     Attributes:
         case: Name of the case.
@@ -364,7 +364,7 @@ class FormatRow:
         p20_us: 20th percentile.
         p80_us: 80th percentile.
         gb_s: 1e9 bytes a second, from moved_bytes_per_param and median_us.
-        roof_kernel: What the roof was measured with in the same rounds.
+        roof_kernel: What the roof was measured with in the same rounds; empty where the tensor stays in caches.
         roof_gb_s: The roof: that kernel's peak.
         pct_roof: gb_s as a percentage of roof_gb_s.
         speedup_over_torch_float32: Time of torch's fused AdamW on float32 over this one's, median of the ratios.

@@ -32,6 +32,7 @@ from adamw_kernels.backends import Backend
 from adamw_kernels.functional import chooser
 from adamw_kernels.launch_table import MAX_CHUNKS, LaunchTable, TensorSpec
 from bench import machine, rows
+from bench.formats import KEYS, latest
 
 Shape = tuple[int, ...]
 CPU = torch.device("cpu")
@@ -141,10 +142,7 @@ class Measured:
             SystemExit: there are none.
         """
         self.folder = folder
-        keys = "contender", "dtype", "param_format", "moment_format"
-        self.formats = {
-            tuple(row[k] for k in keys): row for row in rows.latest(rows.read(folder, rows.FormatRow), *keys)
-        }
+        self.formats = {tuple(row[key] for key in KEYS): row for row in latest(folder)}
         host = [row for row in rows.read(folder, rows.HostRow) if (row["mode"], row["grads"]) == ("python", "moved")]
         self.host = {(row["contender"], row["kind"]): row for row in rows.latest(host, "contender", "kind")}
         roofs = [row for row in rows.read(folder, rows.RoofRow) if row["is_roof"]]

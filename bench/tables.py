@@ -14,7 +14,8 @@ from typing import Any
 
 from bench import rows
 from bench.curves import RUNS
-from bench.formats import CACHED, LARGE
+from bench.formats import CACHED, KEYS
+from bench.formats import latest as latest_formats
 from bench.machine import COUNTS, RESULTS
 from bench.quality import FORMATS
 
@@ -119,22 +120,18 @@ def loop(folder: Path) -> str:
 
 def formats(folder: Path) -> str:
     """A step in every storage format, beside the low-memory optimizers."""
-    keys = "contender", "dtype", "param_format", "moment_format"
-    records = rows.read(folder, rows.FormatRow)
     cached = {
-        tuple(row[key] for key in keys): row["median_us"] / row["params"]
-        for row in records
-        if row["case"] == CACHED.name
-    }  # microseconds an element, the last ones
+        tuple(row[key] for key in KEYS): row["median_us"] / row["params"] for row in latest_formats(folder, CACHED)
+    }  # microseconds an element
     body = []
-    for row in rows.latest([row for row in records if row["case"] == LARGE.name], *keys):
+    for row in latest_formats(folder):
         is_ours = row["contender"].startswith("ours")
         name = PEERS.get(row["contender"], row["contender"])
         if row["contender"] == "optimi" and row["param_format"] == "kahan":
             name += ", Kahan"
         what = f"`{row['param_format']}` / `{row['moment_format']}`" if is_ours else name
         time = f"{row['median_us'] / 1e3:.1f} ms ({row['p20_us'] / 1e3:.1f} to {row['p80_us'] / 1e3:.1f})"
-        element = cached.get(tuple(row[key] for key in keys))
+        element = cached.get(tuple(row[key] for key in KEYS))
         from_caches = "" if element is None else f"{element * row['params'] / 1e3:.1f} ms"
         kept, moved = f"{row['kept_bytes_per_param']:.2f}", f"{row['moved_bytes_per_param']:.2f}"
         ratios = [f"{row[f'speedup_over_torch_{dtype}']:.2f}×" for dtype in ("float32", "bfloat16")]

@@ -50,8 +50,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> scale_model.Measured:
     host = dict(mode="python", grads="moved", kind="dtensor")
     found = {
         rows.FormatRow: [
-            row_of(rows.FormatRow, dtype="bfloat16", moment_format="bfloat16", **fused),
-            row_of(rows.FormatRow, dtype="bfloat16", moment_format="8bit", gb_s=25, **ours),
+            row_of(rows.FormatRow, case="one_16mi", dtype="bfloat16", moment_format="bfloat16", **fused),
+            row_of(rows.FormatRow, case="one_16mi", dtype="bfloat16", moment_format="8bit", gb_s=25, **ours),
+            row_of(
+                rows.FormatRow, case="one_128ki", dtype="bfloat16", moment_format="8bit", gb_s=1, **ours
+            ),  # not this
         ],
         rows.HostRow: [
             row_of(rows.HostRow, contender="ours_cpu", ns_per_tensor=500, fixed_us=20, **host),
