@@ -77,7 +77,7 @@ sanitize: sanitized $(VENV)/.installed
 	cd $(SANITIZED) && ! $(SANITIZED_PYTHON) tests/sanitizer_canary.py 2>canary.log && grep -q heap-buffer-overflow canary.log
 	cd $(SANITIZED) && $(SANITIZED_PYTHON) -m pytest -q -n 2 -k "cpu and not hypothesis" $(SANITIZED_TESTS)
 	cd $(SANITIZED) && PYTHONMALLOC=malloc $(SANITIZED_PYTHON) -m pytest -q -n 2 \
-	  -k "(cpu or many_tensors) and not thousands_of_steps" $(WATCHED_TESTS)
+	  -k "cpu or many_tensors" $(WATCHED_TESTS)
 
 sanitized: $(VENV)/.tools
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(SANITIZED)/objects -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
